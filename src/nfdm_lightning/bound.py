@@ -1,0 +1,124 @@
+r"""The variational bound on -log p(x): three terms, all trained, in nats per sample.
+
+.. math::
+    \underbrace{-\mathbb E \log p(x \mid z_0)}_{\text{reconstruction}}
+    + \underbrace{\mathbb E_t \frac{|b - \hat b|^2}{2 g^2}}_{\text{diffusion}}
+    + \underbrace{KL(q(z_1 \mid x) \,\|\, \mathcal N(0, I))}_{\text{prior}},
+    \qquad b = f - \tfrac12 g^2 s \text{ at } x, \quad \hat b \text{ at } \hat x(z_t, t)
+
+(NFDM, arXiv 2404.12940, equation 10 and appendix A.) Without the first and the last term a learned process collapses.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nfdm_lightning.decoder import Decoder
+from nfdm_lightning.processes.base import expand_as_event, sum_event
+from nfdm_lightning.reverse import ReverseProcess, drift
+
+
+@dataclass(frozen=True)
+class BoundTerms:
+    """The terms of the bound, each (B,) in nats, and the times (B,) at which the diffusion term was drawn."""
+
+    reconstruction: Tensor
+    diffusion: Tensor
+    prior: Tensor
+    t: Tensor
+
+    @property
+    def nats(self) -> Tensor:
+        """The bound on -log p(x), (B,)."""
+        return self.reconstruction + self.diffusion + self.prior
+
+    def named(self) -> dict[str, Tensor]:
+        """The three terms by name."""
+        return {"reconstruction": self.reconstruction, "diffusion": self.diffusion, "prior": self.prior}
+
+
+def bits_per_dim(nats: Tensor, dimensions: int) -> Tensor:
+    """Returns nats / (D ln 2)."""
+    return nats / (dimensions * math.log(2))
+
+
+def low_discrepancy_times(number: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    r"""Draws :math:`t_i = (u + i / B) \bmod 1` in random order, (number,): uniform each, spread out together.
+
+    The order is random so that a sample's place in the batch says nothing of its time (VDM, arXiv 2107.00630, appendix I.1).
+    """
+    u = torch.rand(1, generator=generator, dtype=torch.float64)
+    order = torch.randperm(number, generator=generator)
+    times = (u + order / number) % 1
+    return times.to(like)
+
+
+def diffusion_loss(reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    r"""Returns :math:`|b - \hat b|^2 / (2 g^2)` at the times t in nats, (B,)."""
+    g2 = reverse.g2(t)
+    at_x = reverse.process.path(eps, t, x)
+    at_x_hat = reverse.point(at_x.z, t)
+    difference = drift(at_x, g2) - drift(at_x_hat, g2)
+    return sum_event(difference**2 / (2 * expand_as_event(g2, x)))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one draw of the bound: times (B,), noise of the diffusion and of the reconstruction term."""
+
+    t: Tensor
+    eps: Tensor
+    eps_0: Tensor
+
+
+def random_draws(x: Tensor, generator: torch.Generator | None = None) -> Draws:
+    """Returns draws for a batch x (B, *event) from a CPU generator, the same on every device; None is torch's global one."""
+    t = low_discrepancy_times(len(x), x, generator)
+    eps, eps_0 = torch.randn((2, *x.shape), generator=generator, dtype=x.dtype).to(x.device)
+    return Draws(t, eps, eps_0)
+
+
+def indexed_draws(x: Tensor, index: Tensor, draw: int, draws: int, seed: int = 0) -> Draws:
+    r"""Returns draw number ``draw`` of ``draws`` for samples of known index in their data set.
+
+    Each sample's numbers depend on (seed, index, draw) alone, so an evaluation is the same however the data are split over
+    batches and processes. Times are stratified over the draws of a sample and rotated by the golden ratio between samples,
+    :math:`t = (u + i \varphi + k / K) \bmod 1`, each uniform.
+
+    Args:
+        x: data, (B, *event).
+        index: place of each sample in the data set, (B,).
+        draw: k, from 0.
+        draws: K.
+        seed: of all draws.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    u = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    t = (u + index.cpu().double() * golden + draw / draws) % 1
+    noise = torch.empty((2, *x.shape), dtype=x.dtype)
+    generator = torch.Generator()
+    for position, i in enumerate(index.tolist()):
+        generator.manual_seed((seed * 1_000_003 + draw) * 1_000_000_007 % 2**40 + i)
+        noise[:, position].normal_(generator=generator)
+    eps, eps_0 = noise.to(x.device)
+    return Draws(t.to(x), eps, eps_0)
+
+
+def variational_bound(reverse: ReverseProcess, decoder: Decoder, x: Tensor, draws: Draws) -> BoundTerms:
+    """Returns one draw of the three terms for each sample.
+
+    Args:
+        reverse: the generative model with its forward process.
+        decoder: p(x | z_0).
+        x: data, (B, *event).
+        draws: the random numbers.
+    """
+    alpha, sigma = (value[0] for value in reverse.process.reference(x.new_zeros(1)))
+    return BoundTerms(
+        reconstruction=-decoder.log_prob(x, reverse.process.start(draws.eps_0, x), alpha, sigma),
+        diffusion=diffusion_loss(reverse, x, draws.t, draws.eps),
+        prior=reverse.process.prior_kl(draws.eps_0, x),
+        t=draws.t,
+    )

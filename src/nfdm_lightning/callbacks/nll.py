@@ -1,0 +1,128 @@
+"""The bound on the negative log-likelihood, in nats and bits/dim, with standard errors."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+from nfdm_lightning.bound import bits_per_dim, indexed_draws
+from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.module import NeuralDiffusion
+
+
+class MeanAndError(Metric):
+    """Mean and standard error of per-sample values, over all processes.
+
+    The standard error is that of the mean over independent samples, std / sqrt(N).
+    """
+
+    full_state_update = False
+    total: Tensor
+    squares: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "squares", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        values = values.double()
+        self.total += values.sum()
+        self.squares += (values**2).sum()
+        self.count += values.numel()
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        mean = self.total / self.count
+        variance = (self.squares / self.count - mean**2).clamp_min(0) * self.count / (self.count - 1).clamp_min(1)
+        return mean, (variance / self.count).sqrt()
+
+
+class NLL(Callback):
+    """Evaluates the bound in validation and test: each term in nats, their sum in bits/dim, with standard errors.
+
+    Logs ``{val,test}/bits_per_dim``, ``.../bits_per_dim_se``, ``.../nats``, ``.../nats_se`` and each term by name. Every
+    sample is evaluated at ``draws`` stratified times; its numbers depend on its place in the data alone, so the value is
+    the same for any batch size and any number of processes, and checkpoints compare without the jitter of random draws.
+    The standard error is over the data and the draws together.
+
+    Args:
+        draws: draws of time and noise per sample in validation.
+        test_draws: the same in test.
+        seed: of the draws.
+    """
+
+    def __init__(self, draws: int = 4, test_draws: int = 32, seed: int = 0) -> None:
+        if draws < 1 or test_draws < 1:
+            raise ConfigError(f"nll.draws={draws} and nll.test_draws={test_draws} must be at least 1")
+        self.draws, self.test_draws, self.seed = draws, test_draws, seed
+        self._metrics: dict[str, MeanAndError] = {}
+        self._seen = 0
+
+    def _start(self, pl_module: LightningModule) -> None:
+        names = ("nats", "reconstruction", "diffusion", "prior")
+        self._metrics = {name: MeanAndError().to(pl_module.device) for name in names}
+        self._seen = 0
+
+    def _update(self, trainer: Trainer, pl_module: LightningModule, x: Tensor, draws: int) -> None:
+        assert isinstance(pl_module, NeuralDiffusion), "the NLL callback measures a NeuralDiffusion"
+        place = self._seen + torch.arange(len(x))
+        index = trainer.global_rank + trainer.world_size * place
+        self._seen += len(x)
+        sums: dict[str, Tensor] = {}
+        for draw in range(draws):
+            terms = pl_module.bound(x, indexed_draws(x, index, draw, draws, self.seed))
+            for name, values in {"nats": terms.nats, **terms.named()}.items():
+                sums[name] = sums.get(name, torch.zeros_like(values)) + values / draws
+        for name, values in sums.items():
+            self._metrics[name].update(values)
+
+    def _log(self, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, NeuralDiffusion)
+        results: dict[str, Tensor] = {}
+        for name, metric in self._metrics.items():
+            mean, error = metric.compute()
+            if name == "nats":
+                results |= {f"{stage}/nats": mean, f"{stage}/nats_se": error}
+                bits = bits_per_dim(torch.stack([mean, error]), pl_module.dimensions)
+                results |= {f"{stage}/bits_per_dim": bits[0], f"{stage}/bits_per_dim_se": bits[1]}
+            else:
+                results[f"{stage}/{name}_nats"] = mean
+        # the metrics have been reduced over the processes above: every rank logs the same numbers
+        pl_module.log_dict({name: value.float() for name, value in results.items()}, rank_zero_only=False)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._update(trainer, pl_module, batch, self.draws)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._update(trainer, pl_module, batch, self.test_draws)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(pl_module, "test")

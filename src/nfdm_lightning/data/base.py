@@ -1,0 +1,196 @@
+"""What every DataModule shares: shape, levels and scale for the model, resumable loaders, normalisation on the device."""
+
+import abc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from nfdm_lightning.errors import ConfigError
+
+
+class ArrayDataset(Dataset[Tensor]):
+    """Samples in one tensor, (N, *event); a whole batch is fetched by one indexing."""
+
+    def __init__(self, array: Tensor) -> None:
+        self.array = array
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.array[index]
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        return self.array[torch.as_tensor(indices)]
+
+
+class _EpochSampler(DistributedSampler[Any]):
+    """Shuffles by (seed, epoch) and starts at a given position of this rank's part."""
+
+    begin = 0
+
+    def __iter__(self) -> Iterator[int]:
+        yield from list(super().__iter__())[self.begin :]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Ignores the trainer's epoch, set after the iterator exists: the loader keeps its own."""
+
+    def seek(self, epoch: int, begin: int) -> None:
+        self.epoch, self.begin = epoch, begin
+
+
+class ResumableLoader(DataLoader[Tensor]):
+    """A shuffling DataLoader whose order depends on (seed, epoch) alone and that continues inside an epoch.
+
+    The trainer stores ``state_dict()`` in its checkpoints, so a resumed run sees the batches that the stopped one did not.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._epoch, self._batch, self._resuming, self._started = 0, 0, False, False
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the epoch of the data and the number of batches handed out in it."""
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues after the given batch of the given epoch."""
+        self._epoch, self._batch = state["epoch"], state["batch"]
+        if self._batch >= len(self):
+            self._epoch, self._batch = self._epoch + 1, 0
+        self._resuming = True
+
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        if not self._resuming:
+            self._epoch, self._batch = self._epoch + self._started, 0
+        self._resuming, self._started = False, True
+        assert self.batch_size is not None
+        assert isinstance(self.sampler, _EpochSampler)
+        self.sampler.seek(self._epoch, self._batch * self.batch_size)
+        iterator = super().__iter__()
+
+        def batches() -> Iterator[Tensor]:
+            for batch in iterator:
+                self._batch += 1
+                yield batch
+
+        return batches()
+
+
+def _whole(batch: Any) -> Any:
+    return batch  # the data set hands out whole batches
+
+
+class DataModule(LightningDataModule, abc.ABC):
+    """Base of the DataModules: a subclass says what the data is, :attr:`shape`, :attr:`levels`, :attr:`data_std` and
+    :meth:`arrays`.
+
+    A batch is one tensor: of bytes, (B, *event), for data of discrete levels, normalised to [-1, 1] on the device, or of
+    floats, as they are.
+
+    Args:
+        batch_size: samples per step and process.
+        eval_batch_size: samples per step and process in validation, test and prediction.
+        num_workers: loader processes; 0 is fastest for data in memory.
+        seed: of the order of the data.
+    """
+
+    def __init__(self, batch_size: int = 128, eval_batch_size: int = 512, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1 or eval_batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} and eval_batch_size={eval_batch_size} must be at least 1")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.seed = num_workers, seed
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Event shape of a sample: (D,) or (C, H, W)."""
+
+    @property
+    def levels(self) -> int | None:
+        """Number of equally spaced levels of discrete data; None for continuous data."""
+        return None
+
+    @property
+    def data_std(self) -> float:
+        """Standard deviation per dimension after normalisation, for the predictor's preconditioning."""
+        return 1.0
+
+    @abc.abstractmethod
+    def arrays(self) -> dict[str, Tensor]:
+        """Returns the splits ``train``, ``val`` and ``test``, each (N, *event), uint8 levels or float32."""
+
+    def normalise(self, batch: Tensor) -> Tensor:
+        """Maps levels 0 .. L-1 to [-1, 1]; leaves floats alone."""
+        if self.levels is None:
+            return batch
+        return batch.to(torch.get_default_dtype()) * (2 / (self.levels - 1)) - 1
+
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        """Normalises on the device."""
+        return self.normalise(batch)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the splits once."""
+        if not hasattr(self, "_splits"):
+            self._splits = self.arrays()
+
+    def split(self, name: str) -> Tensor:
+        """Returns a split as normalised floats, (N, *event)."""
+        self.setup()
+        return self.normalise(self._splits[name])
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Returns the shuffled training batches of this rank; the last, incomplete batch is left out."""
+        self.setup()
+        data, (replicas, rank) = ArrayDataset(self._splits["train"]), self._ranks()
+        sampler = _EpochSampler(data, num_replicas=replicas, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
+        if len(sampler) < self.batch_size:
+            raise ConfigError(
+                f"data.batch_size={self.batch_size} is more than the {len(sampler)} training samples of a process: "
+                "give a smaller --data.batch_size"
+            )
+        return ResumableLoader(
+            data,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=True,
+            collate_fn=_whole,
+            num_workers=self.num_workers,
+        )
+
+    def _eval_dataloader(self, split: str) -> DataLoader[Tensor]:
+        self.setup()
+        array, (replicas, rank) = self._splits[split], self._ranks()
+        if len(array) < replicas:
+            raise ConfigError(f"the {split} split has {len(array)} samples, fewer than the {replicas} processes")
+        # every sample exactly once: a distributed sampler would repeat some to make the ranks equal
+        part: Sequence[int] = range(rank, len(array), replicas)
+        return DataLoader(
+            ArrayDataset(array),
+            batch_size=self.eval_batch_size,
+            sampler=part,
+            collate_fn=_whole,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Returns this rank's part of the validation split, in order."""
+        return self._eval_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        """Returns this rank's part of the test split, in order."""
+        return self._eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        """Returns this rank's part of the test split, in order."""
+        return self._eval_dataloader("test")

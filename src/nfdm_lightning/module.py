@@ -1,0 +1,222 @@
+"""The LightningModule: wires process, predictor, volatility and decoder, and trains them on the bound."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from nfdm_lightning.bound import BoundTerms, Draws, bits_per_dim, random_draws, variational_bound
+from nfdm_lightning.decoder import Decoder, DiscreteDecoder, GaussianDecoder
+from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.predictor import DataSpec, Predictor, XPrediction
+from nfdm_lightning.processes import NFDM, ForwardProcess
+from nfdm_lightning.processes.base import Shape
+from nfdm_lightning.reverse import ReverseProcess
+from nfdm_lightning.solvers import Ancestral, Solution, Solver
+from nfdm_lightning.volatility import LearnedVolatility, Volatility
+
+_INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+
+
+class NeuralDiffusion(LightningModule):
+    """A diffusion model with an interchangeable forward process.
+
+    Every part is given as something to call: a class, or a ``functools.partial`` of one, in Python; a class name with
+    ``init_args`` in YAML. The data's shape, levels and scale are filled in by the command line from the DataModule.
+
+    .. code-block:: python
+
+        model = NeuralDiffusion(shape=(2,), process=partial(NFDM, delta=1e-2), decoder_std=0.01)
+
+    Args:
+        shape: event shape of the data, (D,) or (C, H, W).
+        levels: number of levels of discrete data in [-1, 1]; None for continuous data.
+        data_std: standard deviation of the data per dimension.
+        process: builds the forward process from the shape.
+        predictor: builds x_hat(z, t) from shape, levels and scale of the data.
+        volatility: builds g(t).
+        decoder_std: for continuous data, the standard deviation of p(x | z_0); None takes the process's noise at t = 0.
+        lr: peak learning rate of AdamW.
+        weight_decay: of AdamW.
+        warmup_steps: steps of linear warm-up.
+        cosine: whether the learning rate falls to a hundredth over the run by a half cosine.
+        betas: of AdamW.
+
+    Raises:
+        ConfigError: the shape is missing or not a shape, or a part does not fit the data.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        levels: int | None = None,
+        data_std: float = 1.0,
+        process: Callable[[Shape], ForwardProcess] = NFDM,
+        predictor: Callable[[DataSpec], Predictor] = XPrediction,
+        volatility: Callable[[], Volatility] = LearnedVolatility,
+        decoder_std: float | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 100,
+        cosine: bool = True,
+        betas: tuple[float, float] = (0.9, 0.99),
+    ) -> None:
+        super().__init__()
+        if shape is None or len(shape) not in (1, 3) or min(shape) < 1:
+            raise ConfigError(f"model.shape={shape} is no event shape, (D,) or (C, H, W); the DataModule must define it")
+        if data_std is None or not data_std > 0:
+            raise ConfigError(f"model.data_std={data_std} must be positive; the DataModule must define it")
+        if levels is not None and decoder_std is not None:
+            raise ConfigError(
+                f"model.decoder_std={decoder_std} is for continuous data, but these have {levels} levels: remove it"
+            )
+        shape = tuple(shape)
+        self._save_hparams(locals())
+        self.reverse = ReverseProcess(process(shape), predictor(DataSpec(shape, levels, data_std)), volatility())
+        self.decoder: Decoder = GaussianDecoder(decoder_std) if levels is None else DiscreteDecoder(levels)
+        self._seed: int | None = None
+        self.last_terms: BoundTerms | None = None
+        """The terms of the latest training step, for callbacks that look into them."""
+
+    def _save_hparams(self, arguments: dict[str, Any]) -> None:
+        # The command line hands over its own record; a model built in Python is described in the same form, so that
+        # load_from_checkpoint rebuilds both, and no object is ever pickled into a checkpoint.
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters()
+            return
+        skipped = ("self", "__class__")
+        described = {name: describe(value) for name, value in arguments.items() if name not in skipped}
+        self.save_hyperparameters({**described, "_instantiator": _INSTANTIATOR})
+
+    @property
+    def dimensions(self) -> int:
+        """Number D of data dimensions."""
+        return int(torch.Size(self.reverse.shape).numel())
+
+    def bound(self, x: Tensor, draws: Draws | None = None) -> BoundTerms:
+        """Returns one draw of the bound's terms for each sample of x (B, *event); random draws unless given."""
+        if x.shape[1:] != self.reverse.shape:
+            raise ConfigError(f"the model is for data of shape {self.reverse.shape}, got a batch of {tuple(x.shape)}")
+        return variational_bound(self.reverse, self.decoder, x, draws or random_draws(x))
+
+    def on_fit_start(self) -> None:
+        if self._seed is None:
+            self._seed = torch.initial_seed() % 2**31
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["nfdm_seed"] = self._seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._seed = checkpoint.get("nfdm_seed")
+
+    def on_train_start(self) -> None:
+        # a resumed optimiser and scheduler bring the learning rate of the stopped run: the one now asked for counts
+        scheduler, lr = self.lr_schedulers(), self.hparams["lr"]
+        if isinstance(scheduler, LambdaLR) and scheduler.base_lrs != [lr]:
+            scheduler.base_lrs = [lr]
+            for group in scheduler.optimizer.param_groups:
+                group["initial_lr"] = lr
+                group["lr"] = lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
+
+    def step_generator(self) -> torch.Generator:
+        """Returns the random numbers of the current training step.
+
+        A function of seed, number of batches seen and rank, so that a resumed run draws what the stopped one would have.
+        """
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        assert self._seed is not None
+        return torch.Generator().manual_seed((self._seed * 1_000_003 + batches * 1009 + self.global_rank) % 2**62)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        terms = self.bound(batch, random_draws(batch, self.step_generator()))
+        self.last_terms = terms
+        loss = terms.nats.mean()
+        bits = bits_per_dim(loss.detach(), self.dimensions)
+        self.log("train/bits_per_dim", bits, prog_bar=True, batch_size=len(batch))
+        self.log_dict(
+            {f"train/{name}_nats": term.detach().mean() for name, term in terms.named().items()}, batch_size=len(batch)
+        )
+        return (
+            loss / self.dimensions
+        )  # per dimension for the optimiser alone: gradient clipping then means the same for any size
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Evaluation is the callbacks' work, see :class:`nfdm_lightning.callbacks.NLL`."""
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Evaluation is the callbacks' work, see :class:`nfdm_lightning.callbacks.NLL`."""
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Returns the bound of each sample in nats, (B,), from one draw."""
+        return self.bound(batch).nats
+
+    @torch.no_grad()
+    def sample(
+        self,
+        number: int,
+        solver: Solver | None = None,
+        generator: torch.Generator | None = None,
+        trajectory: bool = False,
+    ) -> tuple[Tensor, Solution]:
+        """Draws samples.
+
+        Args:
+            number: how many.
+            solver: how; by default the SDE in 100 steps.
+            generator: CPU generator of the random numbers.
+            trajectory: whether the solution keeps every state.
+
+        Returns:
+            The samples, (number, *event), in the data's range, and the solver's solution.
+        """
+        z = self.reverse.prior(number, generator)
+        solution = (solver or Ancestral()).solve(self.reverse, z, generator, trajectory)
+        alpha, _ = self.reverse.process.reference(z.new_zeros(1))
+        return self.decoder.mode(solution.z, alpha[0]), solution
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        hp = self.hparams
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=hp["lr"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"]
+        )
+        total = self.trainer.estimated_stepping_batches
+        factor = partial(_lr_factor, warmup=hp["warmup_steps"], total=total if hp["cosine"] else float("inf"))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def _lr_factor(step: int, warmup: int, total: float) -> float:
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(step / total, 1.0))).item())
+    return min(1.0, (step + 1) / max(warmup, 1)) * (0.01 + 0.99 * cosine)
+
+
+def describe(value: Any) -> Any:
+    """Returns a part as plain data: a class or a partial of one as ``{class_path, init_args}``, the rest as it is.
+
+    Raises:
+        ConfigError: the value cannot be written down, as a lambda cannot.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value)(describe(item) for item in value)
+    if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
+        return {**describe(value.func), "init_args": {k: describe(v) for k, v in value.keywords.items()}}
+    if isinstance(value, partial) and value.args and isinstance(value.args[-1], type):
+        # what jsonargparse makes of {class_path, init_args}: a partial of its instantiator, the class and the arguments
+        return describe(partial(value.args[-1], **value.keywords))
+    if "<" not in getattr(value, "__qualname__", "<"):
+        return {"class_path": _path(value), "init_args": {}} if isinstance(value, type) else _path(value)
+    raise ConfigError(
+        f"{value!r} cannot be written into a checkpoint: give a part as a class defined at the top level of a module, or as "
+        "functools.partial(Class, name=value)"
+    )
+
+
+def _path(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"

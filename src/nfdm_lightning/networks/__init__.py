@@ -1,0 +1,15 @@
+"""Networks: tensors in, tensors out. Any ``Callable[[Shape, Shape], nn.Module]`` whose module maps (x, t) serves as one."""
+
+from torch import nn
+
+from nfdm_lightning.networks.mlp import ResidualMLP
+from nfdm_lightning.networks.unet import UNet
+
+__all__ = ["ResidualMLP", "UNet", "auto"]
+
+
+def auto(in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> nn.Module:
+    """Builds the default network of a shape: a UNet for images (C, H, W) of even height and width, else a ResidualMLP."""
+    if len(in_shape) == 3 and in_shape[1] % 2 == 0 and in_shape[2] % 2 == 0:
+        return UNet(in_shape, out_shape)
+    return ResidualMLP(in_shape, out_shape)

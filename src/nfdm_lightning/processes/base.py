@@ -1,0 +1,217 @@
+r"""Forward processes: how data becomes noise.
+
+A forward process is one invertible map from noise to latents,
+
+.. math:: z_t = F(\varepsilon, t, x), \qquad \varepsilon \sim \mathcal N(0, I), \qquad t \in [0, 1],
+
+with data at :math:`t = 0` and the prior at :math:`t = 1`. Everything the objective and the samplers need follows from F:
+
+.. math::
+    \text{velocity} \quad f(z, t, x) &= \partial_t F(\varepsilon, t, x) \big|_{\varepsilon = F^{-1}(z, t, x)} \\
+    \text{score} \quad s(z, t, x) &= \nabla_z \log q(z_t \mid x)
+
+Conventions: argument order is (state, t, x); ``t`` has shape (B,); ``x``, ``z`` and ``eps`` have shape (B, *event);
+densities are per sample, shape (B,), in nats.
+"""
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+# -alpha'/alpha of a path that ends in alpha(1) = 0 diverges; below this alpha the reference volatility is held there.
+ALPHA_FLOOR = 0.05
+
+
+def expand_as_event(t: Tensor, like: Tensor) -> Tensor:
+    """Views per-sample values of shape (B,) as (B, 1, ..., 1), so that they broadcast against ``like``."""
+    return t.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def sum_event(values: Tensor) -> Tensor:
+    """Sums over every dimension but the first: (B, *event) to (B,)."""
+    return values.flatten(1).sum(1)
+
+
+def time_derivative(function: Callable[[Tensor], Any], t: Tensor) -> tuple[Any, Any]:
+    """Returns function(t) and its time derivative, by forward-mode autodiff with tangent 1; of tensors or tuples of them.
+
+    The one place where time derivatives are taken. Differentiable in parameters and inputs once more.
+    """
+    t = t.contiguous()  # forward mode refuses an expanded tensor
+    value, derivative = torch.func.jvp(function, (t,), (torch.ones_like(t),))[:2]
+    return value, derivative
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """A point of the forward path.
+
+    Attributes:
+        z: latents, (B, *event).
+        velocity: dF/dt at fixed eps, (B, *event).
+        score: gradient of log q(z_t | x) with respect to z, (B, *event).
+    """
+
+    z: Tensor
+    velocity: Tensor
+    score: Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation of q(z_t | x) with their time derivatives, each broadcastable to (B, *event)."""
+
+    mean: Tensor
+    std: Tensor
+    mean_dt: Tensor
+    std_dt: Tensor
+
+
+class ForwardProcess(nn.Module, abc.ABC):
+    r"""A forward process :math:`z_t = F(\varepsilon, t, x)` (NFDM, arXiv 2404.12940, section 3).
+
+    A subclass writes :meth:`transform`, :meth:`inverse` and :meth:`log_prob`; velocity and score then come from automatic
+    differentiation. Override :meth:`reference` when the process starts out near another Gaussian path than the default.
+    A process must be deterministic between calls (no dropout) and twice differentiable in its parameters and t.
+
+    Args:
+        shape: event shape of x, without the batch dimension.
+    """
+
+    delta: float = 1e-2
+    """Standard deviation of q(z_0 | x) along the default reference path, in data units."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    @abc.abstractmethod
+    def transform(self, eps: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """Returns z = F(eps, t, x), (B, *event)."""
+
+    @abc.abstractmethod
+    def inverse(self, z: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """Returns eps with F(eps, t, x) = z, (B, *event)."""
+
+    @abc.abstractmethod
+    def log_prob(self, z: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """Returns log q(z_t = z | x) in nats, (B,)."""
+
+    def path(self, eps: Tensor, t: Tensor, x: Tensor) -> PathPoint:
+        """Returns z = F(eps, t, x) with velocity and score; forward mode in t for the one, reverse in z for the other."""
+        z, velocity = time_derivative(lambda time: self.transform(eps, time, x), t)
+        score = torch.func.grad(lambda state: self.log_prob(state, t, x).sum())(z)
+        return PathPoint(z, velocity, score)
+
+    def path_at(self, z: Tensor, t: Tensor, x: Tensor) -> PathPoint:
+        """Returns velocity and score at a given z, through the inverse."""
+        return self.path(self.inverse(z, t, x), t, x)
+
+    def start(self, eps: Tensor, x: Tensor) -> Tensor:
+        """Returns z_0 = F(eps, 0, x), (B, *event); a process pinned at t = 0 overrides it to save a network call."""
+        return self.transform(eps, x.new_zeros(len(x)), x)
+
+    def prior_kl(self, eps: Tensor, x: Tensor) -> Tensor:
+        r"""Returns KL(q(z_1 | x) || N(0, I)) in nats, (B,); by default the one-sample estimate at z_1 = F(eps, 1, x)."""
+        t = x.new_ones(len(x))
+        z = self.transform(eps, t, x)
+        return self.log_prob(z, t, x) + sum_event(0.5 * z**2 + 0.5 * math.log(2 * math.pi))
+
+    def reference(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns (alpha, sigma), each (B,): the Gaussian path N(alpha x, sigma^2 I) that the process is near.
+
+        It sets the predictor's preconditioning, the decoder's noise and the scale of g(t), none of which changes what is
+        a valid bound. Default: :math:`\alpha = 1 - t,\ \sigma = \delta^{1-t}`, from N(x, delta^2 I) to N(0, I).
+        """
+        return 1 - t, self.delta ** (1 - t)
+
+    def reference_g2(self, t: Tensor) -> Tensor:
+        r"""Returns :math:`g^2(t) = 2 \sigma^2 (\sigma'/\sigma - \alpha'/\alpha)` of the reference path, (B,).
+
+        For a fixed Gaussian process the bound is tight there (:math:`\sigma^2 \gamma'` with
+        :math:`\gamma = \log \sigma^2/\alpha^2`). Where alpha falls below 0.05, alpha is held, because g would diverge.
+        """
+        (alpha, sigma), (alpha_dt, sigma_dt) = time_derivative(self.reference, t)
+        return matched_g2(alpha, sigma, alpha_dt, sigma_dt)
+
+    def noise_std(self, t: Tensor, x: Tensor) -> Tensor:
+        """Returns the standard deviation of q(z_t | x), broadcastable to (B, *event); by default the reference's."""
+        return expand_as_event(self.reference(t)[1], x)
+
+    def transition(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor, noise: Tensor) -> Tensor:
+        r"""Returns z_s given z_t, s <= t, by the reverse SDE of one fixed x, which has a solution in closed form.
+
+        At fixed x, :math:`\varepsilon = F^{-1}(z, t, x)` is an Ornstein-Uhlenbeck process (derived):
+
+        .. math:: \varepsilon_s = \rho\, \varepsilon_t + \sqrt{1 - \rho^2}\, \text{noise},
+            \qquad \rho = \exp\Big(-\int_s^t \frac{g^2(u)}{2\, \text{std}^2(u)} du\Big)
+
+        The integral is by the trapezoidal rule. With g = 0 it is the exact ODE step of that x (DDIM for Gaussian paths).
+        For a process that is not affine the noise is refreshed in eps, at the rate that the reference path has.
+        """
+        rate_t = expand_as_event(g2_t, z) / self.noise_std(t, x) ** 2
+        rate_s = expand_as_event(g2_s, z) / self.noise_std(s, x) ** 2
+        log_rho = -0.25 * (rate_t + rate_s) * expand_as_event(t - s, z)
+        eps = log_rho.exp() * self.inverse(z, t, x) + (-torch.expm1(2 * log_rho)).sqrt() * noise
+        return self.transform(eps, s, x)
+
+
+class AffineProcess(ForwardProcess):
+    r"""A forward process affine in the noise: :math:`F = \text{mean}(t, x) + \text{std}(t, x)\,\varepsilon`.
+
+    A subclass writes :meth:`moments`; the rest is closed form, with one evaluation of :meth:`moments` (and of its time
+    derivative by forward-mode autodiff) per path:
+
+    .. math:: f = \text{mean}' + \text{std}'\varepsilon, \qquad s = -\varepsilon / \text{std}
+    """
+
+    @abc.abstractmethod
+    def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean and std of q(z_t | x), each broadcastable to (B, *event), std > 0."""
+
+    def moments_dt(self, t: Tensor, x: Tensor) -> Moments:
+        """Returns the moments with their time derivatives, by forward-mode autodiff; override for a closed form."""
+        (mean, std), (mean_dt, std_dt) = time_derivative(lambda time: self.moments(time, x), t)
+        return Moments(mean, std, mean_dt, std_dt)
+
+    def transform(self, eps: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        mean, std = self.moments(t, x)
+        return mean + std * eps
+
+    def inverse(self, z: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        mean, std = self.moments(t, x)
+        return (z - mean) / std
+
+    def log_prob(self, z: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        mean, std = self.moments(t, x)
+        log_std = std.log().expand_as(z)
+        return sum_event(-0.5 * ((z - mean) / std) ** 2 - log_std - 0.5 * math.log(2 * math.pi))
+
+    def path(self, eps: Tensor, t: Tensor, x: Tensor) -> PathPoint:
+        at = self.moments_dt(t, x)
+        return PathPoint(at.mean + at.std * eps, at.mean_dt + at.std_dt * eps, -eps / at.std)
+
+    def path_at(self, z: Tensor, t: Tensor, x: Tensor) -> PathPoint:
+        at = self.moments_dt(t, x)
+        eps = (z - at.mean) / at.std
+        return PathPoint(z, at.mean_dt + at.std_dt * eps, -eps / at.std)
+
+    def noise_std(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.moments(t, x)[1]
+
+    def prior_kl(self, eps: Tensor, x: Tensor) -> Tensor:
+        r"""Returns :math:`\tfrac12 \sum (\text{mean}^2 + \text{std}^2 - 1 - 2 \log \text{std})` at t = 1 in nats, (B,)."""
+        mean, std = self.moments(x.new_ones(len(x)), x)
+        return sum_event(0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).expand_as(x))
+
+
+def matched_g2(alpha: Tensor, sigma: Tensor, alpha_dt: Tensor, sigma_dt: Tensor) -> Tensor:
+    r"""Returns :math:`2 \sigma (\sigma' - \sigma\, \alpha' / \max(\alpha, 0.05))`."""
+    return 2 * sigma * (sigma_dt - sigma * alpha_dt / alpha.clamp_min(ALPHA_FLOOR))

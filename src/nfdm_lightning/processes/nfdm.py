@@ -1,0 +1,57 @@
+r"""Neural Flow Diffusion Models (arXiv 2404.12940): mean and noise of the forward process are both learned."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.networks import auto
+from nfdm_lightning.processes.base import AffineProcess, Shape, expand_as_event
+
+
+class NFDM(AffineProcess):
+    r"""Neural Flow Diffusion Model with a Gaussian conditional, pinned at both ends.
+
+    .. math::
+        \text{mean}(t, x) &= (1 - t)\,x + t(1 - t)\,m(x, t) \\
+        \log \text{std}(t, x) &= (1 - t) \log\delta + t(1 - t)\,l(x, t), \qquad |l| < \text{bound}
+
+    so that q(z_0 | x) = N(x, delta^2 I) and q(z_1 | x) = N(0, I) whatever the network: the prior term is exactly 0 and the
+    reconstruction term does not depend on it. (NFDM, arXiv 2404.12940, section 4; the pinning is in log space, and the
+    smooth bound on l is ours.)
+
+    Args:
+        shape: event shape of x.
+        network: builds (m, l) from (input shape, output shape), the two stacked along the first event dimension.
+        delta: standard deviation at t = 0, in data units.
+        bound: limit of |l|, reached smoothly through tanh. Changes log std by bound / 4 at most.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        network: Callable[[Shape, Shape], nn.Module] = auto,
+        delta: float = 1e-2,
+        bound: float = 8.0,
+    ) -> None:
+        super().__init__(shape)
+        if not 0 < delta < 1:
+            raise ConfigError(f"delta={delta} must lie in (0, 1): std(0) = delta pins the path away from zero noise")
+        if not bound > 0:
+            raise ConfigError(f"bound={bound} must be positive: it limits the learned part of log std")
+        self.network = network(self.shape, (2 * self.shape[0], *self.shape[1:]))
+        self.delta, self.bound = delta, bound
+
+    def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = self.network(x, t).chunk(2, dim=1)
+        time = expand_as_event(t, x)
+        log_std = (1 - time) * (math.log(self.delta) + time * self.bound * torch.tanh(raw / self.bound))
+        return (1 - time) * (x + time * shift), log_std.exp()
+
+    def start(self, eps: Tensor, x: Tensor) -> Tensor:
+        return x + self.delta * eps  # pinned: needs no network
+
+    def prior_kl(self, eps: Tensor, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x))  # pinned: q(z_1 | x) is the prior

@@ -1,0 +1,96 @@
+r"""The generative model that a process, a predictor and a volatility induce.
+
+.. math:: dz = \big[f(z, t, \hat x) - \tfrac12 g^2(t)\, s(z, t, \hat x)\big] dt + g(t)\, dw, \qquad t: 1 \to 0
+
+with x_hat = x_hat(z, t) (NFDM, arXiv 2404.12940, section 3.2), and the ODE :math:`dz = f(z, t, \hat x)\, dt`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.predictor import Predictor
+from nfdm_lightning.processes.base import ForwardProcess, PathPoint, expand_as_event
+from nfdm_lightning.volatility import Volatility
+
+# grad of jvp is silently wrong in the first group, whose norms have a fused backward; the second is random
+_WRONG_UNDER_JVP = (nn.LayerNorm, nn.modules.batchnorm._NormBase)
+_RANDOM = (nn.modules.dropout._DropoutNd,)
+
+
+def check_time_differentiable(module: nn.Module, owner: str) -> None:
+    """Refuses layers that spoil a network whose time derivative is taken.
+
+    Raises:
+        ConfigError: names the layer, its class and what to use in its place.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _WRONG_UNDER_JVP):
+            raise ConfigError(
+                f"{owner}: layer '{name}' is a {type(layer).__name__}, whose gradient under a forward-mode time derivative "
+                "is silently wrong; use GroupNorm or RMSNorm"
+            )
+        if isinstance(layer, _RANDOM):
+            raise ConfigError(
+                f"{owner}: layer '{name}' is a {type(layer).__name__}, which makes F(x) and F(x_hat) differ by chance; a "
+                "forward process must be deterministic: remove it or set dropout to 0"
+            )
+
+
+def drift(point: PathPoint, g2: Tensor) -> Tensor:
+    r"""Returns :math:`f - \tfrac12 g^2 s`, (B, *event); g2 is (B,). The one drift of both sides of the objective."""
+    return point.velocity - 0.5 * expand_as_event(g2, point.z) * point.score
+
+
+class ReverseProcess(nn.Module):
+    """Process, predictor and volatility together.
+
+    Args:
+        process: the forward process.
+        predictor: x_hat(z, t).
+        volatility: g(t).
+
+    Raises:
+        ConfigError: a network of the process has a layer that a time derivative or the contract forbids.
+    """
+
+    def __init__(self, process: ForwardProcess, predictor: Predictor, volatility: Volatility) -> None:
+        super().__init__()
+        check_time_differentiable(process, type(process).__name__)
+        self.process = process
+        self.predictor = predictor
+        self.volatility = volatility
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Event shape of x and z."""
+        return self.process.shape
+
+    def g2(self, t: Tensor) -> Tensor:
+        """Returns g^2(t), (B,)."""
+        return self.volatility(t, self.process.reference_g2(t))
+
+    def x_hat(self, z: Tensor, t: Tensor) -> Tensor:
+        """Returns the predicted data, (B, *event)."""
+        return self.predictor(z, t, *self.process.reference(t))
+
+    def point(self, z: Tensor, t: Tensor) -> PathPoint:
+        """Returns velocity and score of the model: those of the forward process at x_hat(z, t)."""
+        return self.process.path_at(z, t, self.x_hat(z, t))
+
+    def velocity(self, z: Tensor, t: Tensor) -> Tensor:
+        """Returns the drift of the model's ODE, (B, *event)."""
+        return self.point(z, t).velocity
+
+    def drift(self, z: Tensor, t: Tensor, stochasticity: float = 1.0) -> Tensor:
+        r"""Returns :math:`f - \tfrac12 \eta^2 g^2 s` at x_hat, (B, *event): the drift of the SDE with noise :math:`\eta\,g`.
+
+        Between the ODE (0) and the trained SDE (1) every member has the same marginals, as far as the predictor is exact.
+        """
+        return drift(self.point(z, t), stochasticity**2 * self.g2(t))
+
+    def prior(self, number: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws z_1 ~ N(0, I), (number, *event), on the model's device."""
+        like = next(self.parameters())
+        noise = torch.randn(number, *self.shape, generator=generator, dtype=like.dtype, device="cpu")
+        return noise.to(like.device)

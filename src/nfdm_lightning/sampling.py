@@ -1,0 +1,110 @@
+"""``lightning sample``: samples from a checkpoint, as a picture and as an array file."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nfdm_lightning import pictures
+from nfdm_lightning.cli_errors import Parser
+from nfdm_lightning.errors import CheckpointError, ConfigError
+from nfdm_lightning.module import NeuralDiffusion
+from nfdm_lightning.solvers import Solver
+
+_DESCRIPTION = "Draw samples from a checkpoint."
+
+
+def load_model(path: Path) -> NeuralDiffusion:
+    """Rebuilds a model from a checkpoint file, with the averaged weights, in evaluation mode.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or not of a NeuralDiffusion.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"--ckpt_path={path}: there is no such file")
+    try:
+        model = NeuralDiffusion.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, jsonargparse and the parts raise many kinds
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} cannot be loaded: {reason[:400]}") from error
+    return model.eval()
+
+
+def to_levels(samples: Tensor, levels: int) -> Tensor:
+    """Maps samples in [-1, 1] back to levels 0 .. L-1, uint8."""
+    return ((samples + 1) * (levels - 1) / 2).round().clamp(0, levels - 1).to(torch.uint8)
+
+
+def sample(
+    ckpt_path: str,
+    number: int = 64,
+    solver: Solver | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    out: str | None = None,
+    trajectories: bool = False,
+    device: str = "auto",
+) -> None:
+    """Draws samples from a checkpoint, with its averaged weights.
+
+    Writes ``samples.png`` (a grid, or a scatter plot) and ``samples.npy`` to the output folder: uint8 levels for discrete
+    data, float32 otherwise, (number, *event).
+
+    Args:
+        ckpt_path: checkpoint file.
+        number: how many samples.
+        solver: Ancestral or EulerMaruyama (SDE), Heun, Euler or Adaptive (ODE), TorchSDE; .nfe sets its evaluations.
+        seed: of the random numbers; the same seed gives the same samples.
+        batch_size: samples drawn at a time; changes the samples of a seed.
+        out: output folder; "samples" beside the folder of the checkpoint by default.
+        trajectories: whether to draw trajectories.png too.
+        device: cpu, cuda, ... or auto.
+    """
+    if number < 1 or batch_size < 1:
+        raise ConfigError(f"number={number} and batch_size={batch_size} must be at least 1")
+    model = load_model(Path(ckpt_path))
+    model = model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    folder = Path(out) if out is not None else Path(ckpt_path).parent.parent / "samples"
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[Tensor] = []
+    solution = None
+    for begin in range(0, number, batch_size):
+        count = min(batch_size, number - begin)
+        samples, solution = model.sample(count, solver, generator, trajectory=trajectories and begin == 0)
+        parts.append(samples.cpu())
+        if trajectories and begin == 0:
+            title = f"{type(model.reverse.process).__name__}: {type(solver).__name__}, {solution.nfe} evaluations"
+            pixels = pictures.trajectories(solution.times, solution.trajectory, title)
+            pictures.save_png(pixels, folder / "trajectories.png")
+    drawn = torch.cat(parts)
+    pictures.save_png(pictures.sample_grid(drawn[:1024]), folder / "samples.png")
+    levels = model.hparams["levels"]
+    array = (drawn.float() if levels is None else to_levels(drawn, levels)).numpy()
+    partial = folder / "samples.npy.partial"
+    with open(partial, "wb") as file:
+        np.save(file, array)
+    partial.replace(folder / "samples.npy")
+    assert solution is not None
+    print(f"{number} samples by {type(solver).__name__}, {solution.nfe} function evaluations each: {folder}")
+
+
+def sample_parser(**kwargs: Any) -> Parser:
+    """Returns the parser of the subcommand."""
+    parser = Parser(description=_DESCRIPTION, **kwargs)
+    parser.add_function_arguments(sample, fail_untyped=True)
+    parser.set_defaults({"solver": {"class_path": "nfdm_lightning.solvers.Ancestral"}})
+    return parser
+
+
+def add_sample_subcommand(parser: Any) -> None:
+    """Lists the subcommand in the main parser's help."""
+    parser._subcommands_action.add_subcommand("sample", sample_parser(), help=_DESCRIPTION)
+
+
+def run_sample(args: list[str]) -> None:
+    """Runs ``lightning sample`` with the arguments after the subcommand."""
+    parser = sample_parser(prog="lightning sample")
+    config = parser.instantiate_classes(parser.parse_args(args))
+    sample(**config.as_dict())

@@ -10,8 +10,9 @@ r"""The variational bound on -log p(x): three terms, all trained, in nats per sa
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,10 @@ class BoundTerms:
         """The bound on -log p(x), (B,)."""
         return self.reconstruction + self.diffusion + self.prior
 
+    def detach(self) -> "BoundTerms":
+        """The same values without their graph."""
+        return BoundTerms(*(getattr(self, field.name).detach() for field in fields(self)))
+
     def named(self) -> dict[str, Tensor]:
         """The three terms by name."""
         return {"reconstruction": self.reconstruction, "diffusion": self.diffusion, "prior": self.prior}
@@ -42,6 +47,11 @@ class BoundTerms:
 def bits_per_dim(nats: Tensor, dimensions: int) -> Tensor:
     """Returns nats / (D ln 2)."""
     return nats / (dimensions * math.log(2))
+
+
+def mixed_seed(*parts: int) -> int:
+    """Returns a seed for torch's CPU generator, which uses 32 bits, that depends on every part."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def low_discrepancy_times(number: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -97,12 +107,13 @@ def indexed_draws(x: Tensor, index: Tensor, draw: int, draws: int, seed: int = 0
     golden = (math.sqrt(5) - 1) / 2
     u = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     t = (u + index.cpu().double() * golden + draw / draws) % 1
-    noise = torch.empty((2, *x.shape), dtype=x.dtype)
-    generator = torch.Generator()
-    for position, i in enumerate(index.tolist()):
-        generator.manual_seed((seed * 1_000_003 + draw) * 1_000_000_007 % 2**40 + i)
-        noise[:, position].normal_(generator=generator)
-    eps, eps_0 = noise.to(x.device)
+    event = (2, *x.shape[1:])
+    # fresh tensors: normal_() in place draws other numbers where memory is strided
+    noise = [
+        torch.randn(event, generator=torch.Generator().manual_seed(mixed_seed(seed, draw, i)), dtype=x.dtype)
+        for i in index.tolist()
+    ]
+    eps, eps_0 = torch.stack(noise, dim=1).to(x.device)
     return Draws(t.to(x), eps, eps_0)
 
 

@@ -45,7 +45,7 @@ class SaveConfig(SaveConfigCallback):
             folder = Path(trainer.log_dir)
             folder.mkdir(parents=True, exist_ok=True)
             name = "config_resumed.yaml" if trainer.ckpt_path else "config.yaml"
-            self.parser.save(self.config, str(folder / name), skip_none=False, overwrite=True, multifile=False)
+            self.parser.save(self.config, str(folder / name), skip_unset=False, overwrite=True, multifile=False)
 
 
 class NfdmCLI(LightningCLI):

@@ -1,6 +1,7 @@
 """What the command line says when it is misused: one line that names the thing and lists the choices."""
 
 import difflib
+import importlib
 import inspect
 import re
 import sys
@@ -80,6 +81,8 @@ class Parser(LightningArgumentParser):
             name = match.group(1)
             if names := choices(key):
                 return _unknown_name(f"{key}: there is no {name!r}", name, names) + ", or a class path of your own"
+        if match := re.search(r"Errors:\s+- (.*?)\s+- Expected a <class 'NoneType'>", message, re.DOTALL):
+            message = f"{key}: {match.group(1)}"
         if match := re.search(r"No module named '([^']+)'", message):
             return f"{key}: there is no module {match.group(1)!r} in the working directory or among the installed packages"
         if match := re.search(r"Option '([^']+)' is not accepted", message):
@@ -155,13 +158,18 @@ def warn_of_kept_arguments(config: dict[str, Any], sources: list[tuple[str, Any]
     for path, content in sources:
         for key, node in _nodes(content):
             new = final.get(key)
-            if new is None or new["class_path"].split(".")[-1] == str(node["class_path"]).split(".")[-1]:
+            if new is None:
                 continue
-            defaults = _defaults(new["class_path"])
+            kind = _class(new["class_path"])
+            if str(node["class_path"]).split(".")[-1] in [parent.__name__ for parent in kind.__mro__]:
+                continue  # the same, or a class derived from it
+            defaults = _defaults(kind)
             for name, value in (node.get("init_args") or {}).items():
                 kept = (new.get("init_args") or {}).get(name)
                 same_class = isinstance(value, dict) and isinstance(kept, dict) and "class_path" in value
-                if kept is None or name not in defaults or not (same_class or kept == value) or kept == defaults[name]:
+                if kept is None or name not in defaults or not (same_class or kept == value):
+                    continue
+                if _short(value) == _short(defaults[name]) and not (same_class and value.get("init_args")):
                     continue
                 warnings.warn(
                     f"{key}: {new['class_path'].split('.')[-1]} keeps {name}={_short(value)} of the "
@@ -171,9 +179,14 @@ def warn_of_kept_arguments(config: dict[str, Any], sources: list[tuple[str, Any]
                 )
 
 
-def _defaults(class_path: str) -> dict[str, Any]:
+def _class(class_path: str) -> type:
     module, _, name = class_path.rpartition(".")
-    parameters = inspect.signature(getattr(__import__(module, fromlist=[name]), name)).parameters
+    found: type = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    parameters = inspect.signature(kind).parameters
     return {key: parameter.default for key, parameter in parameters.items() if parameter.default is not parameter.empty}
 
 

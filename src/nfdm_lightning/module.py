@@ -1,5 +1,6 @@
 """The LightningModule: wires process, predictor, volatility and decoder, and trains them on the bound."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from nfdm_lightning.bound import BoundTerms, Draws, bits_per_dim, random_draws, variational_bound
+from nfdm_lightning.bound import BoundTerms, Draws, bits_per_dim, mixed_seed, random_draws, variational_bound
 from nfdm_lightning.decoder import Decoder, DiscreteDecoder, GaussianDecoder
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.predictor import DataSpec, Predictor, XPrediction
@@ -131,11 +132,11 @@ class NeuralDiffusion(LightningModule):
         """
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         assert self._seed is not None
-        return torch.Generator().manual_seed((self._seed * 1_000_003 + batches * 1009 + self.global_rank) % 2**62)
+        return torch.Generator().manual_seed(mixed_seed(self._seed, batches, self.global_rank))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         terms = self.bound(batch, random_draws(batch, self.step_generator()))
-        self.last_terms = terms
+        self.last_terms = terms.detach()
         loss = terms.nats.mean()
         bits = bits_per_dim(loss.detach(), self.dimensions)
         self.log("train/bits_per_dim", bits, prog_bar=True, batch_size=len(batch))
@@ -205,18 +206,20 @@ def describe(value: Any) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         return type(value)(describe(item) for item in value)
-    if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
-        return {**describe(value.func), "init_args": {k: describe(v) for k, v in value.keywords.items()}}
     if isinstance(value, partial) and value.args and isinstance(value.args[-1], type):
         # what jsonargparse makes of {class_path, init_args}: a partial of its instantiator, the class and the arguments
         return describe(partial(value.args[-1], **value.keywords))
-    if "<" not in getattr(value, "__qualname__", "<"):
-        return {"class_path": _path(value), "init_args": {}} if isinstance(value, type) else _path(value)
+    kind, given = (value.func, value.keywords) if isinstance(value, partial) and not value.args else (value, {})
+    if "<" not in getattr(kind, "__qualname__", "<"):
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        if not isinstance(kind, type):
+            return path
+        # defaults too: a checkpoint must not change its meaning when a later version changes one
+        parameters = inspect.signature(kind).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+        return {"class_path": path, "init_args": {k: describe(v) for k, v in {**defaults, **given}.items()}}
     raise ConfigError(
         f"{value!r} cannot be written into a checkpoint: give a part as a class defined at the top level of a module, or as "
         "functools.partial(Class, name=value)"
     )
 
-
-def _path(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"

@@ -85,7 +85,7 @@ class ReverseProcess(nn.Module):
     def drift(self, z: Tensor, t: Tensor, stochasticity: float = 1.0) -> Tensor:
         r"""Returns :math:`f - \tfrac12 \eta^2 g^2 s` at x_hat, (B, *event): the drift of the SDE with noise :math:`\eta\,g`.
 
-        Between the ODE (0) and the trained SDE (1) every member has the same marginals, as far as the predictor is exact.
+        From the ODE (0) to the trained SDE (1); the marginals are the same for a Gaussian process with the exact predictor.
         """
         return drift(self.point(z, t), stochasticity**2 * self.g2(t))
 

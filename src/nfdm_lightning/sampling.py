@@ -39,8 +39,8 @@ def to_levels(samples: Tensor, levels: int) -> Tensor:
 
 def sample(
     ckpt_path: str,
+    solver: Solver,
     number: int = 64,
-    solver: Solver | None = None,
     seed: int = 0,
     batch_size: int = 256,
     out: str | None = None,
@@ -54,8 +54,8 @@ def sample(
 
     Args:
         ckpt_path: checkpoint file.
+        solver: EulerMaruyama, Ancestral or TorchSDE (SDE), Heun, Euler or Adaptive (ODE); .nfe sets its evaluations.
         number: how many samples.
-        solver: Ancestral or EulerMaruyama (SDE), Heun, Euler or Adaptive (ODE), TorchSDE; .nfe sets its evaluations.
         seed: of the random numbers; the same seed gives the same samples.
         batch_size: samples drawn at a time; changes the samples of a seed.
         out: output folder; "samples" beside the folder of the checkpoint by default.
@@ -106,5 +106,5 @@ def add_sample_subcommand(parser: Any) -> None:
 def run_sample(args: list[str]) -> None:
     """Runs ``lightning sample`` with the arguments after the subcommand."""
     parser = sample_parser(prog="lightning sample")
-    config = parser.instantiate_classes(parser.parse_args(args))
+    config = parser.instantiate(parser.parse_args(args))
     sample(**config.as_dict())

@@ -5,7 +5,8 @@ equal cost. The SDE family has one dial, the stochasticity :math:`\eta`:
 
 .. math:: dz = \big[f - \tfrac12 \eta^2 g^2 s\big] dt + \eta\, g\, dw
 
-is the ODE at 0 and the trained SDE at 1, with the same marginals in between as far as the predictor is exact.
+is the ODE at 0 and the trained SDE at 1. All have the same marginals where velocity and score are affine in x and the
+predictor is exact: for Gaussian processes. A learned process couples them only as far as training has.
 """
 
 import abc
@@ -13,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -167,11 +168,12 @@ class EulerMaruyama(_FixedGrid):
 
 
 class Ancestral(_FixedGrid):
-    r"""The SDE with its linear part solved exactly: each step is exact for the current x_hat.
+    r"""The SDE with its linear part solved exactly: each step has the right marginal for the current x_hat.
 
     At fixed x_hat the reverse SDE is an Ornstein-Uhlenbeck process in eps, see
-    :meth:`~nfdm_lightning.processes.base.ForwardProcess.transition`. Stable for any g and any number of steps, so the
-    choice for few of them; DDIM for a Gaussian process at stochasticity 0. Order 1.
+    :meth:`~nfdm_lightning.processes.base.ForwardProcess.transition`. Stable for any g and any number of steps. It is DDPM's
+    ancestral sampling for a Gaussian process, DDIM at stochasticity 0, with their bias: of order 1, and towards samples
+    spread too little (a standard deviation of 0.96 instead of 1 after 100 steps, 0.84 after 25, on Gaussian data).
 
     Args:
         nfe: number of function evaluations, 1 per step.
@@ -245,13 +247,18 @@ class TorchSDE(Solver):
     """The SDE by torchsde: its methods for additive noise, and a check of ours by another implementation.
 
     Args:
-        nfe: number of function evaluations (for methods with one drift evaluation per step).
-        method: torchsde's name of the method; ``srk`` has strong order 1.5, at more evaluations per step.
+        nfe: number of function evaluations; torchsde spends one of them on checking shapes.
+        method: torchsde's name of an Ito method: ``euler``, ``milstein`` (1 evaluation per step), or ``srk`` (10, of strong
+            order 1.5).
         stochasticity: eta, between the ODE (0) and the trained SDE (1).
     """
 
+    _evaluations_per_step: ClassVar = {"euler": 1, "milstein": 1, "srk": 10}
+
     def __init__(self, nfe: int = 100, method: str = "euler", stochasticity: float = 1.0) -> None:
-        self.steps = _check_budget(nfe)
+        if method not in self._evaluations_per_step:
+            raise ConfigError(f"TorchSDE.method={method!r}: choose from {', '.join(self._evaluations_per_step)}")
+        self.steps = _check_budget(nfe - 1, self._evaluations_per_step[method])
         self.nfe, self.method, self.stochasticity = nfe, method, _check_stochasticity(stochasticity)
 
     @torch.no_grad()
@@ -262,11 +269,18 @@ class TorchSDE(Solver):
 
         problem = _TorchSDEProblem(reverse, tuple(z.shape[1:]), self.stochasticity)
         y = z.flatten(1)
-        step = 1 / self.steps
+        step = (1 + 1e-4) / self.steps  # rounding would add a step to equal ones; so the last is a trifle shorter
         seed = int(torch.randint(2**31, (1,), generator=generator))  # torchsde draws from numpy, seeded here
         # without dt the interval tree is queried at arbitrary points, which is slow
         brownian = torchsde.BrownianInterval(
-            0.0, 1.0, size=tuple(y.shape), dtype=y.dtype, device=y.device, entropy=seed, dt=step
+            0.0,
+            1.0,
+            size=tuple(y.shape),
+            dtype=y.dtype,
+            device=y.device,
+            entropy=seed,
+            dt=step,
+            levy_area_approximation="space-time" if self.method == "srk" else "none",
         )
         times = torch.linspace(0, 1, self.steps + 1 if trajectory else 2, dtype=torch.float64).to(y)
         solve: Callable[..., Any] = torchsde.sdeint

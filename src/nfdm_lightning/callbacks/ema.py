@@ -32,6 +32,11 @@ class EMA(WeightAveraging):
         self._swapped = False
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # a second fit with the same object starts anew; a resumed one restores these afterwards
+            self._latest_update_step, self._latest_update_epoch, self._swapped = 0, -1, False
+        super().setup(trainer, pl_module, stage)
+
     @torch.no_grad()
     def _average(self, averages: Sequence[Tensor], currents: Sequence[Tensor], updates: Tensor | int) -> None:
         n = int(updates)

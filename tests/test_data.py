@@ -1,0 +1,268 @@
+"""DataModules: densities, splits, resumable order, parts of ranks, and files of a user's own with their faults."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nfdm_lightning.data import (
+    Checkerboard,
+    DataModule,
+    Digits,
+    EightGaussians,
+    Files,
+    Pinwheel,
+    Toy2D,
+    TwoMoons,
+)
+from nfdm_lightning.errors import ConfigError, DataError
+
+FLOAT32 = True
+
+
+class Counting(DataModule):
+    """The numbers 0 .. n-1, so that batches say which samples they hold."""
+
+    def __init__(self, number: int = 22, **settings) -> None:
+        super().__init__(**settings)
+        self.number = number
+
+    @property
+    def shape(self):
+        return (1,)
+
+    def arrays(self):
+        column = torch.arange(float(self.number))[:, None]
+        return {"train": column, "val": column, "test": column}
+
+
+def taken(loader, number: int | None = None) -> list[list[float]]:
+    return [batch[:, 0].tolist() for batch, _ in zip(loader, range(number or 10**9))]  # noqa: B905
+
+
+@pytest.mark.parametrize("distribution", [EightGaussians(), TwoMoons(), Checkerboard(), Pinwheel()])
+def test_scale_of_the_toys(distribution):
+    x = distribution.sample(100_000, torch.Generator().manual_seed(0))
+    assert x.shape == (100_000, 2)
+    assert x.dtype == torch.float32
+    assert ((x - x.mean(0)) ** 2).mean().sqrt().item() == pytest.approx(distribution.data_std, rel=0.02)
+    assert torch.equal(x[:5], distribution.sample(100_000, torch.Generator().manual_seed(0))[:5])
+
+
+@pytest.mark.parametrize("distribution", [EightGaussians(), Checkerboard()])
+def test_densities_are_those_of_the_samples(distribution):
+    """Integrates to one, its entropy is the mean of -log p over samples, and cell by cell it predicts the counts."""
+    x = distribution.sample(200_000, torch.Generator().manual_seed(0)).double()
+    log_prob = distribution.log_prob(x)
+    assert log_prob.isfinite().all()
+    error = log_prob.std().item() / len(x) ** 0.5
+    assert -log_prob.mean().item() == pytest.approx(distribution.entropy(), abs=4 * error + 1e-3)
+    edges = torch.arange(-6, 6.01, 0.5).double()
+    middle = edges[:-1] + 0.25
+    fine = middle[:, None] + (torch.arange(20) + 0.5) / 40 - 0.25
+    points = torch.cartesian_prod(fine.flatten(), fine.flatten())
+    cells = distribution.log_prob(points).exp().reshape(len(middle), 20, len(middle), 20).mean((1, 3)) * 0.25
+    assert cells.sum().item() == pytest.approx(1.0, abs=1e-3)
+    counts = torch.from_numpy(np.histogram2d(x[:, 0].numpy(), x[:, 1].numpy(), bins=edges.numpy())[0]) / len(x)
+    assert (counts - cells).abs().max() < 5 * (cells.max() / len(x)) ** 0.5
+
+
+def test_eight_gaussians_as_specified():
+    assert EightGaussians().entropy() == pytest.approx(2.83, abs=0.005)
+    x = EightGaussians().sample(100_000, torch.Generator().manual_seed(1)) * math.sqrt(2)
+    angle = torch.atan2(x[:, 1], x[:, 0]) * 4 / math.pi
+    mode = angle.round() % 8
+    assert torch.bincount(mode.long(), minlength=8).min() > 0.9 * 100_000 / 8
+    first = x[mode == 0]
+    torch.testing.assert_close(first.mean(0), torch.tensor([4.0, 0.0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(first.std(0), torch.tensor([0.5, 0.5]), atol=0.02, rtol=0)
+
+
+def test_digits():
+    data = Digits()
+    assert (data.shape, data.levels) == ((1, 8, 8), 17)
+    sizes = {name: len(data.split(name)) for name in ("train", "val", "test")}
+    assert sizes == {"train": 1297, "val": 200, "test": 300}
+    x = data.split("train")
+    assert (x.min().item(), x.max().item()) == (-1, 1)
+    assert x.std().item() == pytest.approx(data.data_std, rel=0.02)
+    level = (x + 1) * 8
+    torch.testing.assert_close(level, level.round())
+    batch = next(iter(data.train_dataloader()))
+    assert batch.dtype == torch.uint8
+    assert data.on_after_batch_transfer(batch, 0).dtype == torch.float32
+
+
+def test_toy_splits_differ_and_repeat():
+    data = Toy2D(train_size=1000, eval_size=100)
+    parts = [data.split(name) for name in ("train", "val", "test")]
+    assert [len(part) for part in parts] == [1000, 100, 100]
+    assert not torch.isin(parts[1], parts[2]).any()
+    assert torch.equal(Toy2D(train_size=1000, eval_size=100).split("test"), parts[2])
+
+
+def test_epochs_are_shuffled_differently_and_repeat():
+    loader = Counting(batch_size=5).train_dataloader()
+    first, second = taken(loader), taken(loader)
+    assert [len(batch) for batch in first] == [5] * 4
+    assert first != second
+    again = Counting(batch_size=5).train_dataloader()
+    assert [taken(again), taken(again)] == [first, second]
+    assert taken(Counting(batch_size=5, seed=1).train_dataloader()) != first
+
+
+@pytest.mark.parametrize(("stop", "workers"), [(0, 0), (1, 0), (3, 0), (4, 0), (6, 0), (6, 1)])
+def test_order_continues_where_a_run_stopped(stop, workers):
+    """An epoch has 4 batches; a run that stopped after any number of them goes on with the next."""
+    whole = Counting(batch_size=5).train_dataloader()
+    expected = [*taken(whole), *taken(whole)]
+    stopped = Counting(batch_size=5).train_dataloader()
+    if stop > 4:
+        taken(stopped)
+    iterator = iter(stopped)
+    for _ in range(stop - 4 if stop > 4 else stop):
+        next(iterator)
+    resumed = Counting(batch_size=5, num_workers=workers).train_dataloader()
+    resumed.load_state_dict(stopped.state_dict())
+    rest = taken(resumed) if stop > 4 or stop == 4 else [*taken(resumed), *taken(resumed)]
+    assert rest == expected[stop:]
+
+
+def test_an_epoch_cut_short_is_not_continued():
+    loader = Counting(batch_size=5).train_dataloader()
+    first = taken(loader, 2)
+    second = taken(loader)
+    fresh = Counting(batch_size=5).train_dataloader()
+    assert first == taken(fresh)[:2]
+    assert second == taken(fresh)
+
+
+def test_ranks_take_every_sample_once():
+    parts = []
+    for rank in range(3):
+        data = Counting(batch_size=2, eval_batch_size=4)
+        data.trainer = SimpleNamespace(world_size=3, global_rank=rank)
+        parts.append([sum(taken(loader), []) for loader in (data.train_dataloader(), data.val_dataloader())])
+    train = sorted(sum((part[0] for part in parts), []))
+    assert len(train) == len(set(train)) == 18  # three batches of two each
+    assert sorted(sum((part[1] for part in parts), [])) == list(range(22))
+    assert parts[1][1] == [1, 4, 7, 10, 13, 16, 19]  # place i of rank r is sample r + 3 i, as the NLL callback has it
+
+
+def test_settings_that_cannot_work_are_refused():
+    with pytest.raises(ConfigError, match="batch_size=30 is more than the 22"):
+        Counting(batch_size=30).train_dataloader()
+    with pytest.raises(ConfigError, match="at least 1"):
+        Counting(batch_size=0)
+    data = Counting(2)
+    data.trainer = SimpleNamespace(world_size=3, global_rank=0)
+    with pytest.raises(ConfigError, match="fewer than the 3 processes"):
+        data.val_dataloader()
+
+
+def write_images(folder, number=20, size=(6, 4), mode="RGB", suffix="png"):
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(0)
+    for i in range(number):
+        shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+        Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{i:03d}.{suffix}")
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
+def test_folder_of_images(tmp_path, mode, channels):
+    write_images(tmp_path / "a", mode=mode)
+    data = Files(str(tmp_path))
+    assert (data.shape, data.levels) == ((channels, 4, 6), 256)
+    splits = data.arrays()
+    assert {name: len(array) for name, array in splits.items()} == {"train": 16, "val": 2, "test": 2}
+    pixels = np.asarray(Image.open(tmp_path / "a" / "000.png")).reshape(4, 6, channels).transpose(2, 0, 1)
+    assert any(torch.equal(image, torch.from_numpy(pixels.copy())) for array in splits.values() for image in array)
+    assert torch.equal(splits["test"], Files(str(tmp_path), seed=5).arrays()["test"])
+
+
+@pytest.mark.parametrize(
+    ("array", "shape"),
+    [
+        (np.zeros((30, 5, 6), np.uint8), (1, 5, 6)),
+        (np.zeros((30, 5, 6, 3), np.uint8), (3, 5, 6)),
+        (np.zeros((30, 3, 5, 6), np.uint8), (3, 5, 6)),
+        (np.ones((30, 7), np.float64), (7,)),
+    ],
+)
+def test_array_files(tmp_path, array, shape):
+    np.save(tmp_path / "a.npy", array)
+    data = Files(str(tmp_path / "a.npy"))
+    assert data.shape == shape
+    assert data.levels == (256 if array.dtype == np.uint8 else None)
+    np.savez(tmp_path / "b.npz", train=array, test=array[:4])
+    assert len(Files(str(tmp_path / "b.npz")).arrays()["test"]) == 4
+
+
+def faulty(tmp_path, kind: str) -> str:
+    path = tmp_path / "data.npz"
+    images = np.zeros((20, 4, 4), np.uint8)
+    if kind == "missing":
+        return str(tmp_path / "nowhere")
+    if kind == "unknown":
+        (tmp_path / "data.csv").write_text("1,2")
+        return str(tmp_path / "data.csv")
+    if kind == "empty":
+        (tmp_path / "empty").mkdir()
+        return str(tmp_path / "empty")
+    if kind == "pickle":
+        np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+        return str(tmp_path / "a.npy")
+    if kind == "truncated":
+        np.savez(path, train=images)
+        path.write_bytes(path.read_bytes()[:60])
+    elif kind == "names":
+        np.savez(path, a=images, b=images)
+    elif kind == "levels":
+        np.savez(path, train=images + 200)
+        return str(path)
+    elif kind == "nan":
+        floats = np.ones((20, 3))
+        floats[7, 1] = np.nan
+        np.savez(path, train=floats)
+    elif kind == "integers":
+        np.savez(path, train=np.ones((20, 3), np.int64))
+    elif kind == "few":
+        np.savez(path, train=images[:5])
+    elif kind == "differ":
+        np.savez(path, train=images, test=images[:, :3])
+    elif kind in ("text", "sizes", "modes"):
+        write_images(tmp_path / "images")
+        if kind == "text":
+            (tmp_path / "images" / "zzz.png").write_text("not an image")
+        else:
+            extra = np.zeros((4, 6) if kind == "modes" else (5, 6, 3), np.uint8)
+            Image.fromarray(extra).save(tmp_path / "images" / "zzz.png")
+        return str(tmp_path / "images")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "nowhere does not exist"),
+        ("unknown", "data.csv: unknown kind"),
+        ("empty", "holds no images"),
+        ("pickle", "cannot be read"),
+        ("truncated", "data.npz cannot be read"),
+        ("names", "arrays a, b; name one of them 'train'"),
+        ("levels", "value 200 is not below levels=17"),
+        ("nan", "1 samples have NaN or infinite values, first at index 7"),
+        ("integers", "type int64; convert"),
+        ("few", "too few to hold out"),
+        ("differ", "differ in shape"),
+        ("text", "zzz.png is not a readable image"),
+        ("sizes", "zzz.png is 5x6, but .*000.png is 4x6"),
+        ("modes", "zzz.png is L, but .*000.png is RGB"),
+    ],
+)
+def test_faulty_files_are_named(tmp_path, kind, message):
+    with pytest.raises(DataError, match=message):
+        Files(faulty(tmp_path, kind), levels=17 if kind == "levels" else 256)

@@ -21,7 +21,6 @@ from nfdm_lightning.processes import (
     Gaussian,
     LearnedMonotone,
     LinearFlow,
-    VariancePreserving,
 )
 from nfdm_lightning.reverse import ReverseProcess
 from nfdm_lightning.volatility import MatchedVolatility, Volatility
@@ -111,9 +110,7 @@ class Known(Predictor):
         return self.x_hat.expand_as(z)
 
 
-def gaussian_data_model(
-    process: ForwardProcess, std: float, volatility: Volatility | None = None
-) -> ReverseProcess:
+def gaussian_data_model(process: ForwardProcess, std: float, volatility: Volatility | None = None) -> ReverseProcess:
     """The exact model of data N(0, std^2 I): with its network at zero, XPrediction is the posterior mean."""
     predictor = XPrediction(DataSpec(process.shape, None, std), small_network)
     return ReverseProcess(process, predictor, volatility or MatchedVolatility())

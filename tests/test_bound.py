@@ -7,11 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESSES, Known, batch, gaussian_data_model, perturb, small_mlp, small_network
 from scipy import stats
 from torch import Tensor
 from torch.distributions import Categorical
 
+from conftest import PROCESSES, Known, batch, gaussian_data_model, perturb, small_mlp, small_network
 from nfdm_lightning.bound import (
     BoundTerms,
     bits_per_dim,

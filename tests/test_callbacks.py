@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import small_data, small_model, small_trainer
 from lightning.pytorch import Callback
 from PIL import Image
 
+from conftest import small_data, small_model, small_trainer
 from nfdm_lightning.bound import indexed_draws
 from nfdm_lightning.callbacks import EMA, NLL, HealthCheck, LastCheckpoint, MeanAndError, SampleGrid, Trajectories
 from nfdm_lightning.errors import ConfigError, NonFiniteError
@@ -57,18 +57,14 @@ def test_average_is_that_of_hand_and_is_evaluated_saved_and_tested(tmp_path):
     model, follow, keep = small_model(lr=1e-2), Follow(0.9), LastCheckpoint(8)
     keep.dirpath = str(tmp_path)
     # the pictures and metrics of a validation come before and after the averaging callback
-    trainer = small_trainer(
-        tmp_path, max_steps=16, callbacks=[follow, EMA(0.9), NLL(1, 1), keep], enable_checkpointing=True
-    )
+    trainer = small_trainer(tmp_path, max_steps=16, callbacks=[follow, EMA(0.9), NLL(1, 1), keep], enable_checkpointing=True)
     data = small_data()
     trainer.fit(model, data)
     close(follow.seen["validation"], follow.expected)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     close(follow.average, checkpoint["state_dict"])
     close(follow.raw, checkpoint["current_model_state"])
-    assert any(
-        not torch.allclose(checkpoint["state_dict"][k], v) for k, v in checkpoint["current_model_state"].items()
-    )
+    assert any(not torch.allclose(checkpoint["state_dict"][k], v) for k, v in checkpoint["current_model_state"].items())
     close(follow.average, dict(model.named_parameters()))
     trainer.test(model, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)  # in one process with the fit
     close(follow.seen["test"], follow.average)
@@ -166,9 +162,7 @@ def test_the_first_non_finite_value_stops_the_run_and_is_named(tmp_path, what, m
     keep = LastCheckpoint(every_n_train_steps=1)
     keep.dirpath = str(tmp_path)
     model = small_model()
-    trainer = small_trainer(
-        tmp_path, callbacks=[Spoil(what), HealthCheck(), EMA(), keep], enable_checkpointing=True
-    )
+    trainer = small_trainer(tmp_path, callbacks=[Spoil(what), HealthCheck(), EMA(), keep], enable_checkpointing=True)
     with pytest.raises(NonFiniteError, match=message):
         trainer.fit(model, small_data())
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)  # the last good step
@@ -198,7 +192,9 @@ def test_pictures(tmp_path, image):
             assert len(picture.getcolors(1_000_000) or range(10)) > 3
 
 
-@pytest.mark.parametrize("build", [lambda: EMA(1.0), lambda: NLL(0), lambda: SampleGrid(0), lambda: Trajectories(every_n_epochs=0)])
+@pytest.mark.parametrize(
+    "build", [lambda: EMA(1.0), lambda: NLL(0), lambda: SampleGrid(0), lambda: Trajectories(every_n_epochs=0)]
+)
 def test_settings_that_cannot_work_are_refused(build):
     with pytest.raises(ConfigError):
         build()

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS
 from PIL import Image
 
+from conftest import CONFIGS
 from nfdm_lightning.cli import main
 from nfdm_lightning.module import NeuralDiffusion
 
@@ -157,7 +157,10 @@ def test_installed_commands(command):
         (["--data=Toy3D"], ["data: there is no 'Toy3D'", "Digits, Files, Toy2D"]),
         (["--data.batchsize=1"], ["'batchsize'", "did you mean batch_size"]),
         (["--data.distribution=Spiral"], ["distribution: there is no 'Spiral'", "Checkerboard, EightGaussians, Pinwheel"]),
-        (["--model.predictor=YPrediction"], ["there is no 'YPrediction'", "EpsPrediction", "LevelPrediction", "VPrediction"]),
+        (
+            ["--model.predictor=YPrediction"],
+            ["there is no 'YPrediction'", "EpsPrediction", "LevelPrediction", "VPrediction"],
+        ),
         (["--model.process.network=MPL"], ["network: there is no 'MPL'", "ResidualMLP, UNet"]),
         (["--model.process=myplug.My"], ["no module 'myplug' in the working directory"]),
         (["--model.lr=abc"], ["model.lr", "float", "abc"]),
@@ -310,9 +313,7 @@ def test_the_shape_comes_from_the_data(run):
 
 
 def test_data_without_a_shape_are_refused(capsys):
-    Path("mydata.py").write_text(
-        "from nfdm_lightning.data import Toy2D\n\n\nclass Shapeless(Toy2D):\n    shape = None\n"
-    )
+    Path("mydata.py").write_text("from nfdm_lightning.data import Toy2D\n\n\nclass Shapeless(Toy2D):\n    shape = None\n")
     assert "model.shape=None" in error(["fit", "--config", TOY, "--data=mydata.Shapeless"], capsys)
 
 

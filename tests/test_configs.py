@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS
 
+from conftest import CONFIGS
 from nfdm_lightning.cli import main
 
 FLOAT32 = True

@@ -145,10 +145,11 @@ def test_ranks_take_every_sample_once():
     for rank in range(3):
         data = Counting(batch_size=2, eval_batch_size=4)
         data.trainer = SimpleNamespace(world_size=3, global_rank=rank)
-        parts.append([sum(taken(loader), []) for loader in (data.train_dataloader(), data.val_dataloader())])
-    train = sorted(sum((part[0] for part in parts), []))
+        loaders = (data.train_dataloader(), data.val_dataloader())
+        parts.append([[value for batch in taken(loader) for value in batch] for loader in loaders])
+    train = [value for part in parts for value in part[0]]
     assert len(train) == len(set(train)) == 18  # three batches of two each
-    assert sorted(sum((part[1] for part in parts), [])) == list(range(22))
+    assert sorted(value for part in parts for value in part[1]) == list(range(22))
     assert parts[1][1] == [1, 4, 7, 10, 13, 16, 19]  # place i of rank r is sample r + 3 i, as the NLL callback has it
 
 
@@ -266,3 +267,13 @@ def faulty(tmp_path, kind: str) -> str:
 def test_faulty_files_are_named(tmp_path, kind, message):
     with pytest.raises(DataError, match=message):
         Files(faulty(tmp_path, kind), levels=17 if kind == "levels" else 256)
+
+
+def test_an_iterator_not_used_is_no_epoch():
+    loader = Counting(batch_size=5).train_dataloader()
+    iter(loader)
+    assert taken(loader) == taken(Counting(batch_size=5).train_dataloader())
+    resumed = Counting(batch_size=5).train_dataloader()
+    resumed.load_state_dict({"epoch": 0, "batch": 2})
+    iter(resumed)
+    assert taken(resumed) == taken(Counting(batch_size=5).train_dataloader())[2:]

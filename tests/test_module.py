@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import small_data, small_model, small_trainer
 from torch import nn
 
+from conftest import small_data, small_model, small_trainer
 from nfdm_lightning.callbacks import EMA, LastCheckpoint
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.module import NeuralDiffusion, describe
@@ -85,7 +85,11 @@ def test_a_batch_of_another_shape_is_refused():
 
 def test_samples_come_in_the_range_of_the_data():
     model = small_model(
-        shape=(1, 4, 4), levels=5, decoder_std=None, process=partial(NDM, network=tiny), predictor=partial(LevelPrediction, network=tiny)
+        shape=(1, 4, 4),
+        levels=5,
+        decoder_std=None,
+        process=partial(NDM, network=tiny),
+        predictor=partial(LevelPrediction, network=tiny),
     )
     samples, solution = model.sample(6, Heun(4), torch.Generator().manual_seed(0))
     assert samples.shape == (6, 1, 4, 4)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import central_difference, perturb
 
+from conftest import central_difference, perturb
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.networks import ResidualMLP, UNet, auto
 

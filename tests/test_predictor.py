@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import batch, perturb, small_mlp, small_network
 from torch import Tensor, nn
 
+from conftest import batch, perturb, small_mlp, small_network
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.predictor import DataSpec, EpsPrediction, LevelPrediction, VPrediction, XPrediction
 from nfdm_lightning.processes import Cosine, LinearFlow, VariancePreserving

@@ -1,14 +1,15 @@
-"""The contract of every plug-in: inverse, density, score, velocity and end points, against autodiff and finite differences."""
+"""The contract of every plug-in: inverse, density, score, velocity, end points, against autodiff and finite differences."""
 
+import itertools
 import math
 from functools import partial
 
 import pytest
 import torch
-from conftest import PROCESSES, batch, central_difference, perturb, small_mlp, small_network
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
 
+from conftest import PROCESSES, batch, central_difference, perturb, small_mlp, small_network
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.predictor import DataSpec, XPrediction
 from nfdm_lightning.processes import (
@@ -78,7 +79,10 @@ def test_log_prob_is_the_change_of_variables(name):
     perturb(process)
     eps, t, x = batch(shape)
     jacobian = torch.stack(
-        [torch.func.jacrev(lambda e, i=i: process.transform(e[None], t[i : i + 1], x[i : i + 1])[0])(eps[i]) for i in range(4)]
+        [
+            torch.func.jacrev(lambda e, i=i: process.transform(e[None], t[i : i + 1], x[i : i + 1])[0])(eps[i])
+            for i in range(4)
+        ]
     )
     expected = Normal(0.0, 1.0).log_prob(eps).sum(1) - torch.linalg.slogdet(jacobian).logabsdet
     torch.testing.assert_close(process.log_prob(process.transform(eps, t, x), t, x), expected)
@@ -209,7 +213,7 @@ def test_gradients_through_the_time_derivative(name, shape):
 
 
 def test_a_time_derivative_is_taken_in_inference_mode_and_of_expanded_times(process, shape):
-    eps, t, x = batch(shape)
+    eps, _t, x = batch(shape)
     expected = process.path(eps, torch.full((4,), 0.3), x).velocity
     with torch.inference_mode():
         got = process.path(eps, torch.tensor(0.3).expand(4), x)
@@ -294,7 +298,7 @@ def test_transition_follows_the_conditional_reverse_sde(process_name):
         # the same step split in parts, since the rate's integral is by the trapezoidal rule
         z, spread = torch.full((1, 1), 1.3), torch.zeros(1, 1)
         cuts = torch.linspace(begin, end, 65)
-        for t, s in zip(cuts[:-1], cuts[1:], strict=True):
+        for t, s in itertools.pairwise(cuts):
             arguments = (t[None], s[None], x, reference.g2(t[None]), reference.g2(s[None]))
             base = process.transition(z, *arguments, torch.zeros(1, 1))
             gain = process.transition(z + 1, *arguments, torch.zeros(1, 1)) - base

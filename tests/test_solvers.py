@@ -1,14 +1,15 @@
 """Samplers: order of convergence, marginals and counts, on Gaussian data, where everything is closed form."""
 
+import itertools
 import math
 from functools import partial
 
 import pytest
 import torch
-from conftest import PROCESSES, gaussian_data_model, perturb, small_mlp
 from scipy import stats
 from torch import Tensor
 
+from conftest import PROCESSES, gaussian_data_model, perturb, small_mlp
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.predictor import DataSpec, XPrediction
 from nfdm_lightning.processes import NFDM, Cosine, Gaussian, LinearFlow, VariancePreserving
@@ -151,7 +152,7 @@ def test_ancestral_without_noise_is_ddim():
     expected = z
     times = torch.linspace(1, 0, 6)
     with torch.no_grad():
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in itertools.pairwise(times):
             (alpha_t, sigma_t), (alpha_s, sigma_s) = reverse.process.reference(t[None]), reverse.process.reference(s[None])
             x_hat = reverse.x_hat(expected, t.expand(4))
             expected = alpha_s * x_hat + sigma_s * (expected - alpha_t * x_hat) / sigma_t
@@ -235,7 +236,9 @@ def test_few_steps_of_the_sde_stay_finite_at_the_limit_of_the_learned_volatility
         assert Ancestral(nfe).solve(reverse, z, torch.Generator().manual_seed(1)).z.abs().max() < 5 * STD
 
 
-@pytest.mark.parametrize("build", [partial(Heun, 1), partial(Euler, 0), partial(EulerMaruyama, 5, -1.0), partial(TorchSDE, method="heun")])
+@pytest.mark.parametrize(
+    "build", [partial(Heun, 1), partial(Euler, 0), partial(EulerMaruyama, 5, -1.0), partial(TorchSDE, method="heun")]
+)
 def test_settings_that_cannot_work_are_refused(build):
     with pytest.raises(ConfigError):
         build()

@@ -41,8 +41,9 @@ class SaveConfig(SaveConfigCallback):
         pass  # too early: the run may still fail
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and trainer.log_dir is not None:
-            folder = Path(trainer.log_dir)
+        log_dir = trainer.log_dir  # asked for by every rank: it is broadcast
+        if trainer.is_global_zero and log_dir is not None:
+            folder = Path(log_dir)
             folder.mkdir(parents=True, exist_ok=True)
             name = "config_resumed.yaml" if trainer.ckpt_path else "config.yaml"
             self.parser.save(self.config, str(folder / name), skip_unset=False, overwrite=True, multifile=False)
@@ -221,15 +222,17 @@ def main(args: list[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())  # a user's own plug-ins, as with python -m
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    argv, sys.argv = sys.argv, [sys.argv[0]]  # LightningCLI warns of two sources of arguments
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    argv, sys.argv = sys.argv, [sys.argv[0], *args]  # what DDP starts its other processes with
     try:
         _run(args)
+    except SIGTERMException:  # a SystemExit too
+        return _say("stopped by SIGTERM; continue with --ckpt_path=last", EXIT_SIGTERM)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
             return _say("stopped by Ctrl+C; continue with --ckpt_path=last", EXIT_SIGINT)
         return stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else 0
-    except SIGTERMException:
-        return _say("stopped by SIGTERM; continue with --ckpt_path=last", EXIT_SIGTERM)
     except KeyboardInterrupt:
         return _say("stopped by Ctrl+C", EXIT_SIGINT)
     except (NfdmError, MisconfigurationException, OmegaConfBaseException, RuntimeError) as error:

@@ -222,4 +222,3 @@ def describe(value: Any) -> Any:
         f"{value!r} cannot be written into a checkpoint: give a part as a class defined at the top level of a module, or as "
         "functools.partial(Class, name=value)"
     )
-

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from nfdm_lightning import pictures
 from nfdm_lightning.errors import ConfigError
@@ -31,11 +30,13 @@ class _Picture(Callback, abc.ABC):
     def draw(self, model: NeuralDiffusion, generator: torch.Generator) -> np.ndarray:
         """Returns the pixels."""
 
-    @rank_zero_only
     def _save(self, trainer: Trainer, pl_module: LightningModule, suffix: str) -> None:
         assert isinstance(pl_module, NeuralDiffusion), f"{type(self).__name__} draws samples of a NeuralDiffusion"
+        log_dir = trainer.log_dir  # asked for by every rank: it is broadcast
+        if not trainer.is_global_zero:
+            return
         pixels = self.draw(pl_module, torch.Generator().manual_seed(self.seed))
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
+        folder = Path(log_dir or trainer.default_root_dir) / "pictures"
         pictures.save_png(pixels, folder / f"{self.name}_{suffix}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -1,7 +1,7 @@
 """What every DataModule shares: shape, levels and scale for the model, resumable loaders, normalisation on the device."""
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,6 +44,20 @@ class _EpochSampler(DistributedSampler[Any]):
         self.epoch, self.begin = epoch, begin
 
 
+class _PartSampler(DistributedSampler[Any]):
+    """This rank's part of a data set in order, rank, rank + R, rank + 2R, ...: every sample exactly once over all ranks.
+
+    Torch's own repeats samples to make the ranks equal, which counts them twice; and any other class of sampler the trainer
+    would take to pieces once more.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
 class ResumableLoader(DataLoader[Tensor]):
     """A shuffling DataLoader whose order depends on (seed, epoch) alone and that continues inside an epoch.
 
@@ -52,7 +66,8 @@ class ResumableLoader(DataLoader[Tensor]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._epoch, self._batch, self._resuming, self._started = 0, 0, False, False
+        self._epoch, self._batch = 0, 0
+        self._used = False  # whether the present iterator has handed out a batch
 
     def state_dict(self) -> dict[str, int]:
         """Returns the epoch of the data and the number of batches handed out in it."""
@@ -63,12 +78,11 @@ class ResumableLoader(DataLoader[Tensor]):
         self._epoch, self._batch = state["epoch"], state["batch"]
         if self._batch >= len(self):
             self._epoch, self._batch = self._epoch + 1, 0
-        self._resuming = True
+        self._used = False
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
-        if not self._resuming:
-            self._epoch, self._batch = self._epoch + self._started, 0
-        self._resuming, self._started = False, True
+        if self._used:  # the trainer may make an iterator twice before it takes a batch: that is no new epoch
+            self._epoch, self._batch, self._used = self._epoch + 1, 0, False
         assert self.batch_size is not None
         assert isinstance(self.sampler, _EpochSampler)
         self.sampler.seek(self._epoch, self._batch * self.batch_size)
@@ -76,7 +90,7 @@ class ResumableLoader(DataLoader[Tensor]):
 
         def batches() -> Iterator[Tensor]:
             for batch in iterator:
-                self._batch += 1
+                self._batch, self._used = self._batch + 1, True
                 yield batch
 
         return batches()
@@ -173,12 +187,11 @@ class DataModule(LightningDataModule, abc.ABC):
         array, (replicas, rank) = self._splits[split], self._ranks()
         if len(array) < replicas:
             raise ConfigError(f"the {split} split has {len(array)} samples, fewer than the {replicas} processes")
-        # every sample exactly once: a distributed sampler would repeat some to make the ranks equal
-        part: Sequence[int] = range(rank, len(array), replicas)
+        data = ArrayDataset(array)
         return DataLoader(
-            ArrayDataset(array),
+            data,
             batch_size=self.eval_batch_size,
-            sampler=part,
+            sampler=_PartSampler(data, num_replicas=replicas, rank=rank, shuffle=False),
             collate_fn=_whole,
             num_workers=self.num_workers,
         )

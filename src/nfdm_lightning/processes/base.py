@@ -137,7 +137,8 @@ class ForwardProcess(nn.Module, abc.ABC):
         r"""Returns :math:`g^2(t) = 2 \sigma^2 (\sigma'/\sigma - \alpha'/\alpha)` of the reference path, (B,).
 
         For a fixed Gaussian process the bound is tight there (:math:`\sigma^2 \gamma'` with
-        :math:`\gamma = \log \sigma^2/\alpha^2`). Where alpha falls below 0.05, 0.05 stands for it: on a path to alpha(1) = 0, g would diverge.
+        :math:`\gamma = \log \sigma^2/\alpha^2`). Where alpha falls below 0.05, 0.05 stands for it: on a path to
+        alpha(1) = 0, g would diverge.
         """
         (alpha, sigma), (alpha_dt, sigma_dt) = time_derivative(self.reference, t)
         return matched_g2(alpha, sigma, alpha_dt, sigma_dt)

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import torch
-from common import compare, options, report, train_and_test
 from torch import Tensor
 
+from common import compare, options, report, train_and_test
 from nfdm_lightning.data import EightGaussians
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.solvers import Ancestral, Euler, EulerMaruyama, Heun

@@ -1,3 +1,63 @@
-"""Diffusion models with learnable forward processes (NDM, NFDM) as PyTorch Lightning plug-ins."""
+"""Diffusion models with learnable forward processes (NDM, NFDM) as PyTorch Lightning plug-ins.
+
+The names below are imported when they are first used, so that importing the package costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nfdm_lightning.callbacks import EMA, NLL, HealthCheck, SampleGrid, Trajectories
+    from nfdm_lightning.data import DataModule, Digits, Files, Toy2D
+    from nfdm_lightning.module import NeuralDiffusion
+    from nfdm_lightning.networks import ResidualMLP, UNet
+    from nfdm_lightning.processes import NDM, NFDM, AffineProcess, ForwardProcess, Gaussian
+    from nfdm_lightning.solvers import Adaptive, Ancestral, Euler, EulerMaruyama, Heun, TorchSDE
+
+_HOMES = {
+    "callbacks": ("EMA", "NLL", "HealthCheck", "SampleGrid", "Trajectories"),
+    "data": ("DataModule", "Digits", "Files", "Toy2D"),
+    "module": ("NeuralDiffusion",),
+    "networks": ("ResidualMLP", "UNet"),
+    "processes": ("AffineProcess", "ForwardProcess", "Gaussian", "NDM", "NFDM"),
+    "solvers": ("Adaptive", "Ancestral", "Euler", "EulerMaruyama", "Heun", "TorchSDE"),
+}
+
+__all__ = [
+    "EMA",
+    "NDM",
+    "NFDM",
+    "NLL",
+    "Adaptive",
+    "AffineProcess",
+    "Ancestral",
+    "DataModule",
+    "Digits",
+    "Euler",
+    "EulerMaruyama",
+    "Files",
+    "ForwardProcess",
+    "Gaussian",
+    "HealthCheck",
+    "Heun",
+    "NeuralDiffusion",
+    "ResidualMLP",
+    "SampleGrid",
+    "TorchSDE",
+    "Toy2D",
+    "Trajectories",
+    "UNet",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

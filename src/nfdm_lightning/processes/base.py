@@ -15,8 +15,9 @@ densities are per sample, shape (B,), in nats.
 """
 
 import abc
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +41,24 @@ def sum_event(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1)
 
 
+@contextlib.contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Leaves inference mode for no_grad: in it, torch 2.11 differentiates everything to zero without a word."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
 def time_derivative(function: Callable[[Tensor], Any], t: Tensor) -> tuple[Any, Any]:
     """Returns function(t) and its time derivative, by forward-mode autodiff with tangent 1; of tensors or tuples of them.
 
     The one place where time derivatives are taken. Differentiable in parameters and inputs once more.
     """
     t = t.contiguous()  # forward mode refuses an expanded tensor
-    value, derivative = torch.func.jvp(function, (t,), (torch.ones_like(t),))[:2]
+    with _outside_inference_mode():
+        value, derivative = torch.func.jvp(function, (t,), (torch.ones_like(t),))[:2]
     return value, derivative
 
 
@@ -108,8 +120,16 @@ class ForwardProcess(nn.Module, abc.ABC):
     def path(self, eps: Tensor, t: Tensor, x: Tensor) -> PathPoint:
         """Returns z = F(eps, t, x) with velocity and score; forward mode in t for the one, reverse in z for the other."""
         z, velocity = time_derivative(lambda time: self.transform(eps, time, x), t)
-        score = torch.func.grad(lambda state: self.log_prob(state, t, x).sum())(z)
-        return PathPoint(z, velocity, score)
+        return PathPoint(z, velocity, self._score(z, t, x))
+
+    def _score(self, z: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        def gradient(state: Tensor, time: Tensor, data: Tensor) -> Tensor:
+            return torch.func.grad(lambda point: self.log_prob(point, time, data).sum())(state)
+
+        if not torch.is_inference_mode_enabled():
+            return gradient(z, t, x)
+        with _outside_inference_mode():
+            return gradient(z.clone(), t.clone(), x.clone())  # tensors made in it cannot be differentiated
 
     def path_at(self, z: Tensor, t: Tensor, x: Tensor) -> PathPoint:
         """Returns velocity and score at a given z, through the inverse."""

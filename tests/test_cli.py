@@ -116,6 +116,25 @@ def test_sample(run, solver, capsys):
     assert f"{6 if solver[:1] == ['--solver=Heun'] else 100} function evaluations each: a" in out
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--trainer.overfit_batches=2"],
+        ["--trainer.fast_dev_run=true"],
+        ["--trainer.enable_checkpointing=false"],
+        ["--trainer.logger=false"],
+        ["--trainer.precision=64"],
+        ["--trainer.precision=bf16-mixed"],
+        ["--trainer.accumulate_grad_batches=2"],
+        ["--data.num_workers=1"],
+    ],
+)
+@pytest.mark.parametrize("config", ["toy2d_nfdm", "digits_nfdm"])
+def test_settings_of_the_trainer(config, args, capsys):
+    few = [arg for arg in SMALL if config != "digits_nfdm" or not arg.startswith("--data.")]
+    assert main(["fit", "--config", str(CONFIGS / f"{config}.yaml"), *few, *args]) == 0
+
+
 def test_sample_of_discrete_data_are_levels_that_files_reads_again(capsys):
     assert main(["fit", "--config", str(CONFIGS / "digits_gaussian.yaml"), *SMALL[:6], "--trainer.max_steps=1"]) == 0
     assert main(["sample", "--ckpt_path=runs/digits_gaussian/checkpoints/last.ckpt", "--number=20", "--solver.nfe=3"]) == 0

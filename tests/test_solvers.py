@@ -145,6 +145,15 @@ def test_ancestral_is_exact_for_a_single_datum(schedule, steps):
     assert end.std().item() == pytest.approx(process.reference(torch.zeros(1))[1].item(), rel=0.03)
 
 
+def test_ancestral_spreads_too_little_in_few_steps_and_converges():
+    reverse = model()
+    z = torch.randn(8000, 1, generator=torch.Generator().manual_seed(0))
+    spread = [Ancestral(nfe).solve(reverse, z, torch.Generator().manual_seed(1)).z.std().item() / STD for nfe in (5, 20, 80)]
+    assert spread[0] < spread[1] < spread[2] < 1.03
+    assert spread[0] < 0.8
+    assert spread[2] > 0.93
+
+
 def test_ancestral_without_noise_is_ddim():
     """z_s = alpha_s x_hat + sigma_s (z_t - alpha_t x_hat) / sigma_t, written out."""
     reverse = model((3,))

@@ -104,6 +104,7 @@ class NeuralDiffusion(LightningModule):
         """Returns one draw of the bound's terms for each sample of x (B, *event); random draws unless given."""
         if x.shape[1:] != self.reverse.shape:
             raise ConfigError(f"the model is for data of shape {self.reverse.shape}, got a batch of {tuple(x.shape)}")
+        x = x.to(self.dtype)  # normalised after the trainer has converted the batch to its precision
         return variational_bound(self.reverse, self.decoder, x, draws or random_draws(x))
 
     def on_fit_start(self) -> None:
@@ -135,7 +136,7 @@ class NeuralDiffusion(LightningModule):
         return torch.Generator().manual_seed(mixed_seed(self._seed, batches, self.global_rank))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        terms = self.bound(batch, random_draws(batch, self.step_generator()))
+        terms = self.bound(batch, random_draws(batch.to(self.dtype), self.step_generator()))
         self.last_terms = terms.detach()
         loss = terms.nats.mean()
         bits = bits_per_dim(loss.detach(), self.dimensions)

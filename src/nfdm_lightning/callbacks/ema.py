@@ -36,6 +36,9 @@ class EMA(WeightAveraging):
         if stage == "fit":  # a second fit with the same object starts anew; a resumed one restores these afterwards
             self._latest_update_step, self._latest_update_epoch, self._swapped = 0, -1, False
         super().setup(trainer, pl_module, stage)
+        if stage == "fit":  # the model itself is converted to the trainer's precision after this hook
+            assert self._average_model is not None
+            trainer.precision_plugin.convert_module(self._average_model)
 
     @torch.no_grad()
     def _average(self, averages: Sequence[Tensor], currents: Sequence[Tensor], updates: Tensor | int) -> None:

@@ -71,6 +71,7 @@ class NLL(Callback):
         place = self._seen + torch.arange(len(x))
         index = trainer.global_rank + trainer.world_size * place
         self._seen += len(x)
+        x = x.to(pl_module.dtype)
         sums: dict[str, Tensor] = {}
         for draw in range(draws):
             terms = pl_module.bound(x, indexed_draws(x, index, draw, draws, self.seed))

@@ -84,8 +84,8 @@ class ResumableLoader(DataLoader[Tensor]):
         if self._used:  # the trainer may make an iterator twice before it takes a batch: that is no new epoch
             self._epoch, self._batch, self._used = self._epoch + 1, 0, False
         assert self.batch_size is not None
-        assert isinstance(self.sampler, _EpochSampler)
-        self.sampler.seek(self._epoch, self._batch * self.batch_size)
+        if isinstance(self.sampler, _EpochSampler):  # overfit_batches puts another in its place
+            self.sampler.seek(self._epoch, self._batch * self.batch_size)
         iterator = super().__iter__()
 
         def batches() -> Iterator[Tensor]:

@@ -163,10 +163,6 @@ class ForwardProcess(nn.Module, abc.ABC):
         (alpha, sigma), (alpha_dt, sigma_dt) = time_derivative(self.reference, t)
         return matched_g2(alpha, sigma, alpha_dt, sigma_dt)
 
-    def noise_std(self, t: Tensor, x: Tensor) -> Tensor:
-        """Returns the standard deviation of q(z_t | x), broadcastable to (B, *event); by default the reference's."""
-        return expand_as_event(self.reference(t)[1], x)
-
     def transition(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor, noise: Tensor) -> Tensor:
         r"""Returns z_s given z_t, s <= t, by the reverse SDE of one fixed x, which has a solution in closed form.
 
@@ -178,11 +174,8 @@ class ForwardProcess(nn.Module, abc.ABC):
         The integral is by the trapezoidal rule. With g = 0 it is the exact ODE step of that x (DDIM for Gaussian paths).
         For a process that is not affine the noise is refreshed in eps, at the rate that the reference path has.
         """
-        rate_t = expand_as_event(g2_t, z) / self.noise_std(t, x) ** 2
-        rate_s = expand_as_event(g2_s, z) / self.noise_std(s, x) ** 2
-        log_rho = -0.25 * (rate_t + rate_s) * expand_as_event(t - s, z)
-        eps = log_rho.exp() * self.inverse(z, t, x) + (-torch.expm1(2 * log_rho)).sqrt() * noise
-        return self.transform(eps, s, x)
+        rate_t, rate_s = (expand_as_event(g2 / self.reference(u)[1] ** 2, z) for g2, u in ((g2_t, t), (g2_s, s)))
+        return self.transform(_refresh(self.inverse(z, t, x), rate_t, rate_s, expand_as_event(t - s, z), noise), s, x)
 
 
 class AffineProcess(ForwardProcess):
@@ -225,13 +218,21 @@ class AffineProcess(ForwardProcess):
         eps = (z - at.mean) / at.std
         return PathPoint(z, at.mean_dt + at.std_dt * eps, -eps / at.std)
 
-    def noise_std(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.moments(t, x)[1]
+    def transition(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor, noise: Tensor) -> Tensor:
+        (mean_t, std_t), (mean_s, std_s) = self.moments(t, x), self.moments(s, x)
+        rate_t, rate_s = (expand_as_event(g2, z) / std**2 for g2, std in ((g2_t, std_t), (g2_s, std_s)))
+        return mean_s + std_s * _refresh((z - mean_t) / std_t, rate_t, rate_s, expand_as_event(t - s, z), noise)
 
     def prior_kl(self, eps: Tensor, x: Tensor) -> Tensor:
         r"""Returns :math:`\tfrac12 \sum (\text{mean}^2 + \text{std}^2 - 1 - 2 \log \text{std})` at t = 1 in nats, (B,)."""
         mean, std = self.moments(x.new_ones(len(x)), x)
         return sum_event(0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).expand_as(x))
+
+
+def _refresh(eps: Tensor, rate_t: Tensor, rate_s: Tensor, dt: Tensor, noise: Tensor) -> Tensor:
+    """Returns eps after the Ornstein-Uhlenbeck process of a step dt, rate = g^2 / std^2 at its two ends."""
+    log_rho = -0.25 * (rate_t + rate_s) * dt
+    return log_rho.exp() * eps + (-torch.expm1(2 * log_rho)).sqrt() * noise
 
 
 def matched_g2(alpha: Tensor, sigma: Tensor, alpha_dt: Tensor, sigma_dt: Tensor) -> Tensor:

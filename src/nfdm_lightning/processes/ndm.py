@@ -43,9 +43,6 @@ class NDM(AffineProcess):
         alpha, sigma = self.schedule(x.new_zeros(len(x)))  # F(x, 0) = x needs no network
         return expand_as_event(alpha, x) * x + expand_as_event(sigma, x) * eps
 
-    def noise_std(self, t: Tensor, x: Tensor) -> Tensor:
-        return expand_as_event(self.schedule(t)[1], x)
-
     def reference(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.schedule(t)
 

@@ -1,0 +1,45 @@
+"""On a GPU: the numbers of the CPU, and a whole run."""
+
+import pytest
+import torch
+from conftest import CONFIGS, PROCESSES, batch, gaussian_data_model, perturb
+
+from nfdm_lightning.bound import random_draws, variational_bound
+from nfdm_lightning.cli import main
+from nfdm_lightning.decoder import GaussianDecoder
+from nfdm_lightning.solvers import Adaptive, Ancestral, Euler, EulerMaruyama, Heun, TorchSDE
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_bound_and_samples_are_those_of_the_cpu(process_name):
+    process = PROCESSES[process_name]((3,))
+    perturb(process)
+    reverse = gaussian_data_model(process, 1.0)
+    _, _, x = batch((3,))
+    solvers = (Euler(6), Heun(6), EulerMaruyama(6), Ancestral(6), TorchSDE(7), Adaptive(1e-6, 1e-6))
+    results = []
+    for device in ("cpu", "cuda"):
+        reverse.to(device)
+        draws = random_draws(x.to(device), torch.Generator().manual_seed(0))
+        parts = [variational_bound(reverse, GaussianDecoder(), x.to(device), draws).nats]
+        for solver in solvers[:4] + solvers[5:]:
+            z = reverse.prior(4, torch.Generator().manual_seed(1))
+            parts.append(solver.solve(reverse, z, torch.Generator().manual_seed(2)).z)
+        assert all(part.device.type == device for part in parts)
+        results.append([part.detach().cpu() for part in parts])
+        solvers[4].solve(reverse, reverse.prior(4))  # torchsde has its own random numbers
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_whole_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+    args = ["--config", str(CONFIGS / "digits_nfdm.yaml"), "--trainer.accelerator=gpu", "--trainer.devices=1"]
+    assert main(["fit", *args, "--trainer.max_steps=5"]) == 0
+    assert main(["test", *args, "--ckpt_path=last", "--nll.test_draws=2"]) == 0
+    assert main(["sample", "--ckpt_path=runs/digits_nfdm/checkpoints/last.ckpt", "--number=4"]) == 0

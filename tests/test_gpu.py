@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, PROCESSES, batch, gaussian_data_model, perturb
 
+from conftest import CONFIGS, PROCESSES, batch, gaussian_data_model, perturb
 from nfdm_lightning.bound import random_draws, variational_bound
 from nfdm_lightning.cli import main
 from nfdm_lightning.decoder import GaussianDecoder

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 from functools import partial
 
 import pytest
@@ -11,7 +12,16 @@ from PIL import Image
 
 from conftest import small_data, small_model, small_trainer
 from nfdm_lightning.bound import indexed_draws
-from nfdm_lightning.callbacks import EMA, NLL, HealthCheck, LastCheckpoint, MeanAndError, SampleGrid, Trajectories
+from nfdm_lightning.callbacks import (
+    EMA,
+    NLL,
+    HealthCheck,
+    LastCheckpoint,
+    MeanAndError,
+    SampleGrid,
+    StopBetweenSteps,
+    Trajectories,
+)
 from nfdm_lightning.errors import ConfigError, NonFiniteError
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.processes import NDM, Gaussian
@@ -78,6 +88,43 @@ def test_an_average_may_be_used_for_a_second_fit(tmp_path):
         before = copy.deepcopy(model.state_dict())
         small_trainer(tmp_path, callbacks=[average]).fit(model, small_data())
         assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_test_after_a_stopped_fit_measures_what_it_loads(tmp_path):
+    follow, keep = Follow(0.9), LastCheckpoint(1)
+    keep.dirpath = str(tmp_path)
+
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 4:
+                raise RuntimeError("stop")
+
+    model, data = small_model(lr=1e-2), small_data()
+    trainer = small_trainer(tmp_path, callbacks=[follow, EMA(0.9), Stop(), keep], enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.fit(model, data)
+    trainer.test(model, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False)
+    close(follow.seen["test"], follow.average)
+
+
+def test_ctrl_c_waits_for_the_step_and_is_forgotten_afterwards(tmp_path):
+    stop, seen = StopBetweenSteps(), []
+
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(batch_idx)
+            if len(seen) == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    trainer = small_trainer(tmp_path, callbacks=[Interrupt(), stop], accumulate_grad_batches=2)
+    with pytest.raises(SystemExit):
+        trainer.fit(small_model(), small_data())
+    assert seen == [0, 1, 2, 3]
+    signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+    trainer = small_trainer(tmp_path, callbacks=[stop])
+    trainer.fit(small_model(), small_data())
+    assert trainer.global_step == 5
 
 
 def test_a_checkpoint_of_a_validation_holds_both_sets_of_weights(tmp_path):

@@ -120,6 +120,8 @@ def test_sample(run, solver, capsys):
     "args",
     [
         ["--trainer.overfit_batches=2"],
+        ["--trainer.callbacks=SampleGrid"],
+        ["--trainer.reload_dataloaders_every_n_epochs=1"],
         ["--trainer.fast_dev_run=true"],
         ["--trainer.enable_checkpointing=false"],
         ["--trainer.logger=false"],
@@ -227,10 +229,11 @@ def test_a_mistake_in_a_file_is_one_line_too(text, parts, capsys):
         (["sample", "--ckpt_path=nope.ckpt", "--solver=Hoin"], "there is no 'Hoin'"),
         (["sample", "--ckpt_path=nope.ckpt", "--solver=Heun", "--solver.nfe=1"], "nfe=1 is less than the 2"),
         (["sample", "--ckpt_path=nope.ckpt", "--nfe=1"], "there is no 'nfe'"),
+        (["sample", "--ckpt_path={run}/checkpoints/last.ckpt", "--device=nope"], "--device=nope cannot be used"),
     ],
 )
-def test_other_mistakes(args, part, capsys):
-    assert part in error(args, capsys)
+def test_other_mistakes(args, part, run, capsys):
+    assert part in error([arg.format(run=run) for arg in args], capsys)
 
 
 def test_damaged_and_foreign_checkpoints(run, capsys):
@@ -314,6 +317,9 @@ def test_a_new_run_never_overwrites_another(run, capsys):
     line = error([*FIT, "--model.lr=1e-4"], capsys)
     assert f"{RUN} already holds a run" in line
     assert "--ckpt_path=last" in line
+    (run / "checkpoints" / "last.ckpt").rename(run / "checkpoints" / "best.ckpt")
+    assert "already holds a run" in error(FIT, capsys)
+    before.pop(run / "checkpoints" / "last.ckpt")
     assert all(path.read_bytes() == content for path, content in before.items())
 
 

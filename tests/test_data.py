@@ -144,7 +144,7 @@ def test_ranks_take_every_sample_once():
     parts = []
     for rank in range(3):
         data = Counting(batch_size=2, eval_batch_size=4)
-        data.trainer = SimpleNamespace(world_size=3, global_rank=rank)
+        data.trainer = SimpleNamespace(world_size=3, global_rank=rank, current_epoch=0)
         loaders = (data.train_dataloader(), data.val_dataloader())
         parts.append([[value for batch in taken(loader) for value in batch] for loader in loaders])
     train = [value for part in parts for value in part[0]]
@@ -159,7 +159,7 @@ def test_settings_that_cannot_work_are_refused():
     with pytest.raises(ConfigError, match="at least 1"):
         Counting(batch_size=0)
     data = Counting(2)
-    data.trainer = SimpleNamespace(world_size=3, global_rank=0)
+    data.trainer = SimpleNamespace(world_size=3, global_rank=0, current_epoch=0)
     with pytest.raises(ConfigError, match="fewer than the 3 processes"):
         data.val_dataloader()
 
@@ -234,12 +234,13 @@ def faulty(tmp_path, kind: str) -> str:
         np.savez(path, train=images[:5])
     elif kind == "differ":
         np.savez(path, train=images, test=images[:, :3])
-    elif kind in ("text", "sizes", "modes"):
+    elif kind in ("text", "sizes", "modes", "deep"):
         write_images(tmp_path / "images")
         if kind == "text":
             (tmp_path / "images" / "zzz.png").write_text("not an image")
         else:
-            extra = np.zeros((4, 6) if kind == "modes" else (5, 6, 3), np.uint8)
+            shapes = {"modes": (4, 6), "sizes": (5, 6, 3), "deep": (4, 6)}
+            extra = np.zeros(shapes[kind], np.uint16 if kind == "deep" else np.uint8)
             Image.fromarray(extra).save(tmp_path / "images" / "zzz.png")
         return str(tmp_path / "images")
     return str(path)
@@ -260,6 +261,7 @@ def faulty(tmp_path, kind: str) -> str:
         ("few", "too few to hold out"),
         ("differ", "differ in shape"),
         ("text", "zzz.png is not a readable image"),
+        ("deep", "zzz.png has colour mode I;16"),
         ("sizes", "zzz.png is 5x6, but .*000.png is 4x6"),
         ("modes", "zzz.png is L, but .*000.png is RGB"),
     ],

@@ -74,7 +74,7 @@ def environment() -> dict[str, str]:
 
 def lightning(folder: Path, *args: str) -> None:
     command = [sys.executable, "-m", "nfdm_lightning", *args]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -96,7 +96,7 @@ def test_two_ranks_train_and_measure_the_bound_of_one(tmp_path, monkeypatch):
 def test_two_ranks_take_the_gradient_of_the_joint_batch(tmp_path):
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)
-    run = partial(subprocess.run, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    run = partial(subprocess.run, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600, check=False)
     for devices in (1, 2):
         done = run([sys.executable, str(script), str(devices), f"{devices}.pt"])
         assert done.returncode == 0, done.stdout + done.stderr

@@ -28,9 +28,9 @@ ARGS = [
     "--data.batch_size=32",
     "--checkpoint.every_n_train_steps=1000",
 ]
-# slow enough to be hit: each step leaves a mark and waits a little
+# each step leaves a mark, and the one after which the run is to be stopped waits for it
 DRIVER = """
-import sys, time
+import os, sys, time
 import torch
 torch.set_num_threads(1)
 from lightning.pytorch import Callback, Trainer
@@ -40,7 +40,8 @@ class Mark(Callback):
     def on_train_batch_end(self, trainer, *_):
         with open("steps.txt", "a") as file:
             file.write(f"{trainer.global_step}\\n")
-        time.sleep(0.02)
+        if trainer.global_step == int(os.environ.get("STOP_AFTER", -1)):
+            time.sleep(5)  # the signal comes now
 
 original = cli.NfdmCLI._instantiate_trainer
 cli.NfdmCLI._instantiate_trainer = lambda self, config, extra: original(self, config, [Mark(), *extra])
@@ -48,11 +49,11 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def start(folder: Path, *extra: str) -> subprocess.Popen[str]:
+def start(folder: Path, *extra: str, stop_after: int = -1) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, "fit", *ARGS, *extra],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "STOP_AFTER": str(stop_after)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -61,7 +62,7 @@ def start(folder: Path, *extra: str) -> subprocess.Popen[str]:
 
 def run(folder: Path, *extra: str) -> dict[str, dict[str, torch.Tensor]]:
     process = start(folder, *extra)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     path = folder / "runs" / "toy2d_nfdm" / "checkpoints" / "last.ckpt"
     return torch.load(path, weights_only=True)
@@ -82,7 +83,7 @@ def whole(tmp_path_factory):
     ("number", "status", "after"), [(signal.SIGTERM, 143, 17), (signal.SIGTERM, 143, 33), (signal.SIGINT, 130, 25)]
 )
 def test_stopped_and_resumed_is_as_never_stopped(number, status, after, whole, tmp_path):
-    process = start(tmp_path)
+    process = start(tmp_path, stop_after=after)
     begin = time.monotonic()
     while len(steps(tmp_path)) < after:
         assert process.poll() is None, process.communicate()[0]

@@ -19,10 +19,10 @@ FLOAT32 = True
 
 
 def test_sliced_wasserstein_of_a_shift_and_a_scale():
-    x = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
     # a shift by (3, 0) projects to 3 cos; its mean square over directions is 9 / 2
     assert sliced_wasserstein(x, x + torch.tensor([3.0, 0.0])) == pytest.approx(4.5**0.5, rel=1e-3)
-    assert sliced_wasserstein(x, 2 * x) == pytest.approx(1.0, rel=0.02)
+    assert sliced_wasserstein(x, 2 * x) == pytest.approx(1.0, rel=0.04)
 
 
 @pytest.mark.parametrize("plugin", ["gaussian", "ndm", "nfdm"])
@@ -30,7 +30,7 @@ def test_bound_and_samples_on_the_eight_gaussians(plugin, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     args = ["--config", str(CONFIGS / f"toy2d_{plugin}.yaml"), "--trainer.callbacks=null", "--trainer.accelerator=cpu"]
     args += ["--trainer.enable_progress_bar=false", "--trainer.default_root_dir=run", "--data.batch_size=256"]
-    assert main(["fit", *args, "--trainer.max_steps=1000", "--trainer.limit_val_batches=0"]) == 0
+    assert main(["fit", *args, "--trainer.max_steps=600", "--trainer.limit_val_batches=0"]) == 0
     assert main(["test", *args, "--ckpt_path=last", "--nll.test_draws=16"]) == 0
     results = json.loads((tmp_path / "run" / "test.json").read_text())
     excess = results["test/reconstruction_nats"] + results["test/diffusion_nats"] - EightGaussians().entropy()
@@ -38,8 +38,9 @@ def test_bound_and_samples_on_the_eight_gaussians(plugin, tmp_path, monkeypatch)
 
     model = NeuralDiffusion.load_from_checkpoint("run/checkpoints/last.ckpt").eval()
     generator = torch.Generator().manual_seed(0)
-    fresh, other = EightGaussians().sample(4096, generator), EightGaussians().sample(4096, generator)
+    # benchmarks/plugins_on_toy2d.py does the same with 4,096 samples of 300 steps and several seeds
+    fresh, other = EightGaussians().sample(2048, generator), EightGaussians().sample(2048, generator)
     least = sliced_wasserstein(fresh, other)
-    for solver in (EulerMaruyama(300), Euler(300)):
-        samples, _ = model.sample(4096, solver, generator)
+    for solver in (EulerMaruyama(120), Euler(120)):
+        samples, _ = model.sample(2048, solver, generator)
         assert sliced_wasserstein(samples, fresh) < 3 * least, type(solver).__name__

@@ -117,7 +117,8 @@ class NfdmCLI(LightningCLI):
         if config.get("logger") in (None, True):
             # one folder per run, no version_N: checkpoints are found again
             kwargs["logger"] = TensorBoardLogger(root, name="", version="", default_hp_metric=False)
-        callbacks = list(config.get("callbacks") or [])
+        given = config.get("callbacks") or []
+        callbacks = list(given) if isinstance(given, list) else [given]
         if config.get("enable_checkpointing") is not False:
             callbacks.append(
                 ModelCheckpoint(
@@ -139,12 +140,17 @@ class NfdmCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuses to start a new run over the checkpoints of another."""
-        last = Path(self.trainer.default_root_dir) / CHECKPOINTS / "last.ckpt"
+        folder = Path(self.trainer.default_root_dir) / CHECKPOINTS
         resumed = self.config[self.subcommand].ckpt_path
-        if self.trainer.is_global_zero and resumed is None and last.exists() and not _is_fast_dev_run(self.trainer):
+        if (
+            self.trainer.is_global_zero
+            and resumed is None
+            and any(folder.glob("*.ckpt"))
+            and not _is_fast_dev_run(self.trainer)
+        ):
             raise ConfigError(
-                f"{self.trainer.default_root_dir} already holds a run: continue it with --ckpt_path=last, choose another "
-                "folder with --trainer.default_root_dir=DIR, or remove it"
+                f"{self.trainer.default_root_dir} already holds a run: continue it with --ckpt_path=last (or best), choose "
+                "another folder with --trainer.default_root_dir=DIR, or remove it"
             )
 
     def after_fit(self) -> None:
@@ -225,13 +231,14 @@ def main(args: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     argv, sys.argv = sys.argv, [sys.argv[0], *args]  # what DDP starts its other processes with
+    hint = "; continue with --ckpt_path=last" if args[:1] == ["fit"] else ""
     try:
         _run(args)
     except SIGTERMException:  # a SystemExit too
-        return _say("stopped by SIGTERM; continue with --ckpt_path=last", EXIT_SIGTERM)
+        return _say(f"stopped by SIGTERM{hint}", EXIT_SIGTERM)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
-            return _say("stopped by Ctrl+C; continue with --ckpt_path=last", EXIT_SIGINT)
+            return _say(f"stopped by Ctrl+C{hint}", EXIT_SIGINT)
         return stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else 0
     except KeyboardInterrupt:
         return _say("stopped by Ctrl+C", EXIT_SIGINT)

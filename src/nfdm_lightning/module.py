@@ -214,6 +214,8 @@ def describe(value: Any) -> Any:
     if "<" not in getattr(kind, "__qualname__", "<"):
         path = f"{kind.__module__}.{kind.__qualname__}"
         if not isinstance(kind, type):
+            if given:
+                raise ConfigError(f"{path} is a function: give it without settings, or a class with them")
             return path
         # defaults too: a checkpoint must not change its meaning when a later version changes one
         parameters = inspect.signature(kind).parameters.values()

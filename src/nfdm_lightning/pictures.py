@@ -35,6 +35,8 @@ def to_array(figure: Figure) -> np.ndarray:
 def _image_grid(images: Tensor, columns: int) -> np.ndarray:
     from torchvision.utils import make_grid
 
+    if images.shape[1] not in (1, 3):
+        images = images[:, :1]
     scale = max(1, math.ceil(32 / images.shape[-1]))  # tiny images are enlarged without smoothing
     grid = make_grid(((images.float() + 1) / 2).clamp(0, 1), nrow=columns, padding=1, pad_value=0.5)
     pixels = (grid * 255).round().byte().permute(1, 2, 0).cpu().numpy()
@@ -49,8 +51,6 @@ def sample_grid(samples: Tensor, columns: int | None = None) -> np.ndarray:
     """
     samples = samples.detach().cpu()
     if samples.ndim == 4:
-        if samples.shape[1] not in (1, 3):
-            samples = samples[:, :1]
         return _image_grid(samples, columns or math.ceil(math.sqrt(len(samples))))
     if samples.ndim == 2 and samples.shape[1] == 2:
         figure = _figure(5, 5)

@@ -65,7 +65,11 @@ def sample(
     if number < 1 or batch_size < 1:
         raise ConfigError(f"number={number} and batch_size={batch_size} must be at least 1")
     model = load_model(Path(ckpt_path))
-    model = model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        model = model.to(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device={device} cannot be used here ({str(error).splitlines()[0]})") from None
     folder = Path(out) if out is not None else Path(ckpt_path).parent.parent / "samples"
     generator = torch.Generator().manual_seed(seed)
     parts: list[Tensor] = []

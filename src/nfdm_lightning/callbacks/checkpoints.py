@@ -1,6 +1,8 @@
 """Checkpoints of a run, and stopping it between two steps when asked to."""
 
 import signal
+import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,11 +49,13 @@ class LastCheckpoint(ModelCheckpoint):
 class StopBetweenSteps(Callback):
     """Makes Ctrl+C wait for the end of the training step, so that the checkpoint it leaves is of one whole step.
 
-    A second Ctrl+C stops at once.
+    Under gradient accumulation it waits for the optimiser's step; several processes stop at the same one. A second Ctrl+C
+    stops at once.
     """
 
     def __init__(self) -> None:
         self._asked = False
+        self._step = 0
         self._previous: Any = None
 
     def _ask(self, signum: int, frame: Any) -> None:
@@ -60,12 +64,20 @@ class StopBetweenSteps(Callback):
         self._asked = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._previous = signal.signal(signal.SIGINT, self._ask)
+        self._asked, self._step = False, trainer.global_step
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            self._previous = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._asked:
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        asked = self._asked
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked:
             raise StoppedByUser
 
     def _restore(self) -> None:
@@ -91,6 +103,10 @@ class PredictionWriter(BasePredictionWriter):
     def write_on_epoch_end(self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any) -> None:
         nats = torch.cat([batch.cpu() for batch in predictions]).numpy()
         index = trainer.global_rank + trainer.world_size * np.arange(len(nats))
-        path = f"{trainer.default_root_dir}/predictions_rank{trainer.global_rank}.npz"
-        np.savez(path, index=index, nats=nats)
+        path = Path(trainer.default_root_dir) / f"predictions_rank{trainer.global_rank}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".partial")
+        with open(unfinished, "wb") as file:
+            np.savez(file, index=index, nats=nats)
+        unfinished.replace(path)
         print(f"wrote {path}")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nfdm_lightning.errors import ConfigError
@@ -87,5 +88,5 @@ class EMA(WeightAveraging):
             self._swap(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._average_model is not None:  # outside of a fit the loaded weights are the average already
+        if trainer.state.fn == TrainerFn.FITTING:  # elsewhere the loaded weights are the average already
             super().on_load_checkpoint(trainer, pl_module, checkpoint)

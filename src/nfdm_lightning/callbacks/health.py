@@ -27,6 +27,8 @@ class HealthCheck(Callback):
         raise NonFiniteError(f"step {trainer.global_step}: {_culprit(pl_module)}; {_WAY_OUT}")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return  # float16: the scaler looks for overflows itself, and skips these steps
         gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
         if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             return

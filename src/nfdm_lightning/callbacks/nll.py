@@ -29,7 +29,7 @@ class MeanAndError(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor) -> None:
-        values = values.double()
+        values = values.to(self.total.device).double()
         self.total += values.sum()
         self.squares += (values**2).sum()
         self.count += values.numel()
@@ -63,7 +63,8 @@ class NLL(Callback):
 
     def _start(self, pl_module: LightningModule) -> None:
         names = ("nats", "reconstruction", "diffusion", "prior")
-        self._metrics = {name: MeanAndError().to(pl_module.device) for name in names}
+        device = "cpu" if pl_module.device.type == "mps" else pl_module.device  # float64 is unknown to the former
+        self._metrics = {name: MeanAndError().to(device) for name in names}
         self._seen = 0
 
     def _update(self, trainer: Trainer, pl_module: LightningModule, x: Tensor, draws: int) -> None:

@@ -173,7 +173,7 @@ class DataModule(LightningDataModule, abc.ABC):
                 f"data.batch_size={self.batch_size} is more than the {len(sampler)} training samples of a process: "
                 "give a smaller --data.batch_size"
             )
-        return ResumableLoader(
+        loader = ResumableLoader(
             data,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -181,6 +181,9 @@ class DataModule(LightningDataModule, abc.ABC):
             collate_fn=_whole,
             num_workers=self.num_workers,
         )
+        if self.trainer is not None:  # a loader made anew in a later epoch must not repeat the first
+            loader.load_state_dict({"epoch": self.trainer.current_epoch, "batch": 0})
+        return loader
 
     def _eval_dataloader(self, split: str) -> DataLoader[Tensor]:
         self.setup()

@@ -11,6 +11,7 @@ from torch import Tensor
 from nfdm_lightning.data.base import DataModule
 from nfdm_lightning.errors import DataError
 
+_MODES = {"1": "L", "L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -144,7 +145,11 @@ def _read_folder(path: Path) -> np.ndarray:
     for file in files:
         try:
             with Image.open(file) as image:
-                mode = image.mode if image.mode == "L" else "RGB"
+                mode = _MODES.get(image.mode, "")
+                if not mode:
+                    raise DataError(
+                        f"{file} has colour mode {image.mode}, not 8 bits per channel: convert it, or use an .npy file"
+                    )
                 pixels = np.asarray(image.convert(mode))
         except OSError as error:  # PIL's UnidentifiedImageError is one too
             raise DataError(f"{file} is not a readable image ({error}); repair or remove it") from None

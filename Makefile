@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
-STEPS ?= 1000
+STEPS ?= 600
 
 .PHONY: demo test lint environment
 environment: $(READY)

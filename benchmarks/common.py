@@ -39,16 +39,17 @@ def options(description: str, steps: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--plugins", nargs="+", choices=PLUGINS, default=list(PLUGINS))
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser.parse_args()
 
 
-def compare(run: Callable[[str, int], dict[str, float]], seeds: int) -> dict[str, Any]:
+def compare(run: Callable[[str, int], dict[str, float]], plugins: list[str], seeds: int) -> dict[str, Any]:
     """Runs every plug-in with every seed and returns mean and spread of each number, with the single runs.
 
     Seeds outside, plug-ins inside: a drift of the machine's speed falls on all alike.
     """
-    runs: dict[str, list[dict[str, float]]] = {plugin: [] for plugin in PLUGINS}
+    runs: dict[str, list[dict[str, float]]] = {plugin: [] for plugin in plugins}
     for seed in range(seeds):
         for plugin, done in runs.items():
             done.append({"seed": seed, **run(plugin, seed)})

@@ -1,6 +1,6 @@
 """Test bits/dim of every plug-in on the digits: equal reverse network, equal steps, several seeds; prints JSON.
 
-python benchmarks/plugins_on_digits.py [--seeds 3] [--steps 1500] [--out FILE]
+python benchmarks/plugins_on_digits.py [--seeds 3] [--steps 1500] [--plugins ndm ...] [--out FILE]
 """
 
 import tempfile
@@ -25,7 +25,7 @@ def main() -> None:
             }
             return {**results, **parameters, "seconds": round(time.monotonic() - begin, 1)}
 
-        report({"steps": chosen.steps, "plugins": compare(run, chosen.seeds)}, chosen.out)
+        report({"steps": chosen.steps, "plugins": compare(run, chosen.plugins, chosen.seeds)}, chosen.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every plug-in on the 8 Gaussians, whose density is known: bound against entropy, samples against fresh data; prints JSON.
 
-    python benchmarks/plugins_on_toy2d.py [--seeds 3] [--steps 1000] [--out FILE]
+    python benchmarks/plugins_on_toy2d.py [--seeds 3] [--steps 1000] [--plugins ndm ...] [--out FILE]
 
 ``excess_nats`` is reconstruction + diffusion - entropy on the test split, at least 0 within its error. ``sw2_*`` is the
 sliced 2-Wasserstein distance of 4,096 samples to as many fresh draws of the data, by SDE and ODE in 300 steps; ``sw2_fresh``
@@ -63,7 +63,9 @@ def main() -> None:
             excess = results["test/reconstruction_nats"] + results["test/diffusion_nats"] - entropy
             return {**results, "excess_nats": excess, **measure_samples(model, seed), "seconds": seconds}
 
-        report({"steps": chosen.steps, "entropy": entropy, "plugins": compare(run, chosen.seeds)}, chosen.out)
+        report(
+            {"steps": chosen.steps, "entropy": entropy, "plugins": compare(run, chosen.plugins, chosen.seeds)}, chosen.out
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every plug-in on the 8 Gaussians, whose density is known: bound against entropy, samples against fresh data; prints JSON.
 
-    python benchmarks/plugins_on_toy2d.py [--seeds 3] [--steps 1000] [--plugins ndm ...] [--out FILE]
+    python benchmarks/plugins_on_toy2d.py [--seeds 3] [--steps 1500] [--plugins ndm ...] [--out FILE]
 
 ``excess_nats`` is reconstruction + diffusion - entropy on the test split, at least 0 within its error. ``sw2_*`` is the
 sliced 2-Wasserstein distance of 4,096 samples to as many fresh draws of the data, by SDE and ODE in 300 steps; ``sw2_fresh``
@@ -51,7 +51,7 @@ def measure_samples(model: NeuralDiffusion, seed: int, number: int = 4096) -> di
 
 def main() -> None:
     """Runs everything and prints the table as JSON."""
-    chosen = options(__doc__ or "", steps=1000)
+    chosen = options(__doc__ or "", steps=1500)
     entropy = EightGaussians().entropy()
     with tempfile.TemporaryDirectory() as scratch:
 

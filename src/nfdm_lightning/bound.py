@@ -7,6 +7,8 @@ r"""The variational bound on -log p(x): three terms, all trained, in nats per sa
     \qquad b = f - \tfrac12 g^2 s \text{ at } x, \quad \hat b \text{ at } \hat x(z_t, t)
 
 (NFDM, arXiv 2404.12940, equation 10 and appendix A.) Without the first and the last term a learned process collapses.
+In discrete time the diffusion term is a sum of T divergences instead (NDM, arXiv 2310.08337, section 3). For a bridge all
+terms are given the source, and the bound is on -log p(x | source).
 """
 
 import math
@@ -17,18 +19,20 @@ import torch
 from torch import Tensor
 
 from nfdm_lightning.decoder import Decoder
-from nfdm_lightning.processes.base import expand_as_event, sum_event
+from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.processes.base import AffineProcess, expand_as_event, sum_event
 from nfdm_lightning.reverse import ReverseProcess, drift
 
 
 @dataclass(frozen=True)
 class BoundTerms:
-    """The terms of the bound, each (B,) in nats, and the times (B,) at which the diffusion term was drawn."""
+    """The terms of the bound, each (B,) in nats, and where the diffusion term was drawn: times (B,), states (B, *event)."""
 
     reconstruction: Tensor
     diffusion: Tensor
     prior: Tensor
     t: Tensor
+    z: Tensor
 
     @property
     def nats(self) -> Tensor:
@@ -65,13 +69,36 @@ def low_discrepancy_times(number: int, like: Tensor, generator: torch.Generator 
     return times.to(like)
 
 
-def diffusion_loss(reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    r"""Returns :math:`|b - \hat b|^2 / (2 g^2)` at the times t in nats, (B,)."""
+def diffusion_loss(reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Returns :math:`|b - \hat b|^2 / (2 g^2)` at the times t in nats, (B,), and the states z_t, (B, *event)."""
     g2 = reverse.g2(t)
     at_x = reverse.process.path(eps, t, x)
     at_x_hat = reverse.point(at_x.z, t)
     difference = drift(at_x, g2) - drift(at_x_hat, g2)
-    return sum_event(difference**2 / (2 * expand_as_event(g2, x)))
+    return sum_event(difference**2 / (2 * expand_as_event(g2, difference))), at_x.z
+
+
+def discrete_diffusion_loss(
+    reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    r"""Returns :math:`T\; KL(q(z_s \mid z_t, x) \,\|\, q(z_s \mid z_t, \hat x))` in nats, (B,), and the states z_t.
+
+    One term of the sum over the T steps of the grid, times T: t, uniform in [0, 1), is moved to the end of its step, and
+    s = t - 1/T. Exact for the sampler ``Ancestral(nfe=T)``. (NDM, arXiv 2310.08337, section 3.)
+
+    Raises:
+        ConfigError: the process is not affine in the noise, so that the divergence has no closed form.
+    """
+    process = reverse.process
+    if not isinstance(process, AffineProcess):
+        raise ConfigError(
+            f"discrete_steps={steps}: {type(process).__name__} is not affine in the noise, so its discrete-time divergence "
+            "has no closed form; use continuous time (discrete_steps: null)"
+        )
+    index = (t * steps).floor().clamp(0, steps - 1)
+    s, t = index / steps, (index + 1) / steps
+    z = process.transform(eps, t, x)
+    return steps * process.posterior_kl(z, t, s, x, reverse.x_hat(z, t), reverse.g2(t), reverse.g2(s)), z
 
 
 @dataclass(frozen=True)
@@ -84,7 +111,7 @@ class Draws:
 
 
 def random_draws(x: Tensor, generator: torch.Generator | None = None) -> Draws:
-    """Returns draws for a batch x (B, *event) from a CPU generator, the same on every device; None is torch's global one."""
+    """Returns draws for targets x (B, *event) from a CPU generator, the same on every device; None is torch's global one."""
     t = low_discrepancy_times(len(x), x, generator)
     eps, eps_0 = torch.randn((2, *x.shape), generator=generator, dtype=x.dtype).to(x.device)
     return Draws(t, eps, eps_0)
@@ -98,7 +125,7 @@ def indexed_draws(x: Tensor, index: Tensor, draw: int, draws: int, seed: int = 0
     :math:`t = (u + i \varphi + k / K) \bmod 1`, each uniform.
 
     Args:
-        x: data, (B, *event).
+        x: targets, (B, *event).
         index: place of each sample in the data set, (B,).
         draw: k, from 0.
         draws: K.
@@ -117,19 +144,30 @@ def indexed_draws(x: Tensor, index: Tensor, draw: int, draws: int, seed: int = 0
     return Draws(t.to(x), eps, eps_0)
 
 
-def variational_bound(reverse: ReverseProcess, decoder: Decoder, x: Tensor, draws: Draws) -> BoundTerms:
+def variational_bound(
+    reverse: ReverseProcess, decoder: Decoder, x: Tensor, draws: Draws, discrete_steps: int | None = None
+) -> BoundTerms:
     """Returns one draw of the three terms for each sample.
 
     Args:
         reverse: the generative model with its forward process.
         decoder: p(x | z_0).
-        x: data, (B, *event).
+        x: data, (B, *event), or pairs of data and source, (B, 2, *event), for a bridge.
         draws: the random numbers.
+        discrete_steps: T for the discrete-time bound; None is continuous time.
     """
-    alpha, sigma = (value[0] for value in reverse.process.reference(x.new_zeros(1)))
+    process = reverse.process
+    target, source = process.split(x)
+    reverse = reverse.given(source)
+    alpha, sigma = (value[0] for value in process.reference(x.new_zeros(1)))
+    if discrete_steps is None:
+        diffusion, z = diffusion_loss(reverse, x, draws.t, draws.eps)
+    else:
+        diffusion, z = discrete_diffusion_loss(reverse, x, draws.t, draws.eps, discrete_steps)
     return BoundTerms(
-        reconstruction=-decoder.log_prob(x, reverse.process.start(draws.eps_0, x), alpha, sigma),
-        diffusion=diffusion_loss(reverse, x, draws.t, draws.eps),
-        prior=reverse.process.prior_kl(draws.eps_0, x),
+        reconstruction=-decoder.log_prob(target, process.start(draws.eps_0, x), alpha, sigma),
+        diffusion=diffusion,
+        prior=process.prior_kl(draws.eps_0, x),
         t=draws.t,
+        z=z,
     )

@@ -16,7 +16,7 @@ from nfdm_lightning.bound import BoundTerms, Draws, bits_per_dim, mixed_seed, ra
 from nfdm_lightning.decoder import Decoder, DiscreteDecoder, GaussianDecoder
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.predictor import DataSpec, Predictor, XPrediction
-from nfdm_lightning.processes import NFDM, ForwardProcess
+from nfdm_lightning.processes import NFDM, ForwardProcess, Penalty
 from nfdm_lightning.processes.base import Shape
 from nfdm_lightning.reverse import ReverseProcess
 from nfdm_lightning.solvers import Ancestral, Solution, Solver
@@ -48,6 +48,9 @@ class NeuralDiffusion(LightningModule):
         warmup_steps: steps of linear warm-up.
         cosine: whether the learning rate falls to a hundredth over the run by a half cosine.
         betas: of AdamW.
+        penalties: costs on the paths, added to the bound in training: Curvature, Obstacle, or a Penalty of your own.
+        discrete_steps: T, to train and evaluate the bound of T discrete steps (NDM's first formulation; sample it with
+            ``Ancestral`` in T evaluations); None is continuous time.
 
     Raises:
         ConfigError: the shape is missing or not a shape, or a part does not fit the data.
@@ -67,6 +70,8 @@ class NeuralDiffusion(LightningModule):
         warmup_steps: int = 100,
         cosine: bool = True,
         betas: tuple[float, float] = (0.9, 0.99),
+        penalties: list[Callable[[], Penalty]] | None = None,
+        discrete_steps: int | None = None,
     ) -> None:
         super().__init__()
         if shape is None or len(shape) not in (1, 3) or min(shape) < 1:
@@ -77,9 +82,15 @@ class NeuralDiffusion(LightningModule):
             raise ConfigError(
                 f"model.decoder_std={decoder_std} is for continuous data, but these have {levels} levels: remove it"
             )
+        if discrete_steps is not None and discrete_steps < 1:
+            raise ConfigError(f"model.discrete_steps={discrete_steps} must be at least 1, or null for continuous time")
         shape = tuple(shape)
         self._save_hparams(locals())
-        self.reverse = ReverseProcess(process(shape), predictor(DataSpec(shape, levels, data_std)), volatility())
+        built = process(shape)
+        data = DataSpec(shape, levels, data_std, built.takes_source)
+        self.reverse = ReverseProcess(built, predictor(data), volatility())
+        self.penalties = [*built.penalties, *(penalty() for penalty in penalties or [])]
+        self.discrete_steps = discrete_steps
         self.decoder: Decoder = GaussianDecoder(decoder_std) if levels is None else DiscreteDecoder(levels)
         self._seed: int | None = None
         self.last_terms: BoundTerms | None = None
@@ -101,11 +112,33 @@ class NeuralDiffusion(LightningModule):
         return int(torch.Size(self.reverse.shape).numel())
 
     def bound(self, x: Tensor, draws: Draws | None = None) -> BoundTerms:
-        """Returns one draw of the bound's terms for each sample of x (B, *event); random draws unless given."""
-        if x.shape[1:] != self.reverse.shape:
-            raise ConfigError(f"the model is for data of shape {self.reverse.shape}, got a batch of {tuple(x.shape)}")
+        """Returns one draw of the bound's terms for each sample of a batch; random draws unless given.
+
+        Args:
+            x: data, (B, *event), or pairs of data and source, (B, 2, *event), for a bridge.
+            draws: the random numbers.
+        """
+        self._check(x)
         x = x.to(self.dtype)  # normalised after the trainer has converted the batch to its precision
-        return variational_bound(self.reverse, self.decoder, x, draws or random_draws(x))
+        return variational_bound(self.reverse, self.decoder, x, draws or random_draws(self.target(x)), self.discrete_steps)
+
+    def target(self, batch: Tensor) -> Tensor:
+        """Returns what is to be generated, (B, *event): the batch itself, or the first of each pair for a bridge."""
+        self._check(batch)
+        return self.reverse.process.split(batch)[0]
+
+    def _check(self, batch: Tensor) -> None:
+        shape, bridge = self.reverse.shape, self.reverse.process.takes_source
+        if batch.shape[1:] == ((2, *shape) if bridge else shape):
+            return
+        name = type(self.reverse.process).__name__
+        if bridge and batch.shape[1:] == shape:
+            raise ConfigError(f"{name} is a bridge and needs pairs of data and source: use --data=Pairs")
+        if not bridge and batch.shape[1:] == (2, *shape):
+            raise ConfigError(f"{name} is not a bridge, but the data are pairs: use --model.process=Bridge, or other data")
+        raise ConfigError(
+            f"the model is for {'pairs of ' if bridge else ''}data of shape {shape}, got a batch of {tuple(batch.shape)}"
+        )
 
     def on_fit_start(self) -> None:
         if self._seed is None:
@@ -136,10 +169,10 @@ class NeuralDiffusion(LightningModule):
         return torch.Generator().manual_seed(mixed_seed(self._seed, batches, self.global_rank))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        terms = self.bound(batch, random_draws(batch.to(self.dtype), self.step_generator()))
+        terms = self.bound(batch, random_draws(self.target(batch).to(self.dtype), self.step_generator()))
         self.last_terms = terms.detach()
-        loss = terms.nats.mean()
-        bits = bits_per_dim(loss.detach(), self.dimensions)
+        loss = terms.nats.mean() + self._penalty(batch, terms)
+        bits = bits_per_dim(terms.nats.detach().mean(), self.dimensions)
         self.log("train/bits_per_dim", bits, prog_bar=True, batch_size=len(batch))
         self.log_dict(
             {f"train/{name}_nats": term.detach().mean() for name, term in terms.named().items()}, batch_size=len(batch)
@@ -147,6 +180,17 @@ class NeuralDiffusion(LightningModule):
         return (
             loss / self.dimensions
         )  # per dimension for the optimiser alone: gradient clipping then means the same for any size
+
+    def _penalty(self, batch: Tensor, terms: BoundTerms) -> Tensor:
+        total = terms.nats.new_zeros(())
+        if not self.penalties:
+            return total
+        reverse = self.reverse.given(self.reverse.process.split(batch.to(self.dtype))[1])
+        for penalty in self.penalties:
+            cost = penalty.cost(reverse, terms.z, terms.t).mean()
+            self.log(f"train/{penalty.name}", cost.detach(), batch_size=len(batch))
+            total = total + penalty.weight_at(self.global_step) * cost
+        return total
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Evaluation is the callbacks' work, see :class:`nfdm_lightning.callbacks.NLL`."""
@@ -165,6 +209,7 @@ class NeuralDiffusion(LightningModule):
         solver: Solver | None = None,
         generator: torch.Generator | None = None,
         trajectory: bool = False,
+        source: Tensor | None = None,
     ) -> tuple[Tensor, Solution]:
         """Draws samples.
 
@@ -173,12 +218,19 @@ class NeuralDiffusion(LightningModule):
             solver: how; by default the SDE in 100 steps.
             generator: CPU generator of the random numbers.
             trajectory: whether the solution keeps every state.
+            source: for a bridge, the source samples to start from, (number, *event).
 
         Returns:
             The samples, (number, *event), in the data's range, and the solver's solution.
         """
-        z = self.reverse.prior(number, generator)
-        solution = (solver or Ancestral()).solve(self.reverse, z, generator, trajectory)
+        if source is not None:
+            if source.shape != (number, *self.reverse.shape):
+                expected = (number, *self.reverse.shape)
+                raise ConfigError(f"the source samples have shape {tuple(source.shape)}; {expected} was expected")
+            source = source.to(self.device, self.dtype)
+        reverse = self.reverse.given(source)
+        z = reverse.prior(number, generator)
+        solution = (solver or Ancestral()).solve(reverse, z, generator, trajectory)
         alpha, _ = self.reverse.process.reference(z.new_zeros(1))
         return self.decoder.mode(solution.z, alpha[0]), solution
 

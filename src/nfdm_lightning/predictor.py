@@ -25,11 +25,13 @@ class DataSpec:
         shape: event shape, (D,) or (C, H, W).
         levels: number of equally spaced levels in [-1, 1]; None for continuous data.
         std: standard deviation per dimension.
+        source: whether there is a source sample of the same shape that the predictor sees too, as in a bridge.
     """
 
     shape: Shape
     levels: int | None = None
     std: float = 1.0
+    source: bool = False
 
 
 class Predictor(nn.Module, abc.ABC):
@@ -37,13 +39,15 @@ class Predictor(nn.Module, abc.ABC):
 
     Args:
         data: shape, levels and scale of the data.
-        network: builds n from (input shape, output shape); it is evaluated as n(scaled z, t).
+        network: builds n from (input shape, output shape); it is evaluated as n(scaled z, t), with the source of a bridge
+            stacked to z along the first event dimension.
     """
 
     def __init__(self, data: DataSpec, network: Callable[[Shape, Shape], nn.Module] = auto) -> None:
         super().__init__()
         self.data_std = data.std
-        self.network = network(data.shape, self.output_shape(data))
+        stacked = (2 * data.shape[0], *data.shape[1:]) if data.source else data.shape
+        self.network = network(stacked, self.output_shape(data))
 
     def output_shape(self, data: DataSpec) -> Shape:
         """Returns the event shape that the network must put out; that of the data unless overridden."""
@@ -53,11 +57,21 @@ class Predictor(nn.Module, abc.ABC):
     def combine(self, z: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Returns x_hat, (B, *event), from latents, network output and the reference path (alpha, sigma broadcast)."""
 
-    def forward(self, z: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Returns x_hat(z, t), (B, *event); alpha and sigma are the reference path at t, each (B,)."""
+    def forward(self, z: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, source: Tensor | None = None) -> Tensor:
+        """Returns x_hat(z, t), (B, *event).
+
+        Args:
+            z: latents, less what the source contributes to their mean, (B, *event).
+            t: times, (B,).
+            alpha: of the reference path at t, (B,).
+            sigma: of the reference path at t, (B,).
+            source: the source samples of a bridge, (B, *event).
+        """
         alpha, sigma = expand_as_event(alpha, z), expand_as_event(sigma, z)
-        scale = (alpha**2 * self.data_std**2 + sigma**2).rsqrt()
-        return self.combine(z, self.network(scale * z, t), alpha, sigma)
+        inputs = (alpha**2 * self.data_std**2 + sigma**2).rsqrt() * z
+        if source is not None:
+            inputs = torch.cat([inputs, source / self.data_std], 1)
+        return self.combine(z, self.network(inputs, t), alpha, sigma)
 
 
 class XPrediction(Predictor):

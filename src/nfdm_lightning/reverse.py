@@ -5,6 +5,8 @@ r"""The generative model that a process, a predictor and a volatility induce.
 with x_hat = x_hat(z, t) (NFDM, arXiv 2404.12940, section 3.2), and the ODE :math:`dz = f(z, t, \hat x)\, dt`.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -60,19 +62,29 @@ class ReverseProcess(nn.Module):
         self.process = process
         self.predictor = predictor
         self.volatility = volatility
+        self.source: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Event shape of x and z."""
         return self.process.shape
 
+    def given(self, source: Tensor | None) -> "ReverseProcess":
+        """Returns this model, with the same weights, of the data given their sources (B, *event), for bridges."""
+        conditioned = copy.copy(self)
+        conditioned.source = source
+        return conditioned
+
     def g2(self, t: Tensor) -> Tensor:
         """Returns g^2(t), (B,)."""
         return self.volatility(t, self.process.reference_g2(t))
 
     def x_hat(self, z: Tensor, t: Tensor) -> Tensor:
-        """Returns the predicted data, (B, *event)."""
-        return self.predictor(z, t, *self.process.reference(t))
+        """Returns the predicted data in the form that the process takes: (B, *event), or (B, 2, *event) with the source."""
+        self._check_source()
+        state = z - self.process.offset(t, self.source)
+        prediction = self.predictor(state, t, *self.process.reference(t), self.source)
+        return self.process.join(prediction, self.source)
 
     def point(self, z: Tensor, t: Tensor) -> PathPoint:
         """Returns velocity and score of the model: those of the forward process at x_hat(z, t)."""
@@ -89,8 +101,16 @@ class ReverseProcess(nn.Module):
         """
         return drift(self.point(z, t), stochasticity**2 * self.g2(t))
 
+    def _check_source(self) -> None:
+        name = type(self.process).__name__
+        if self.process.takes_source and self.source is None:
+            raise ConfigError(f"{name} is a bridge: give it source samples to start from")
+        if not self.process.takes_source and self.source is not None:
+            raise ConfigError(f"{name} is not a bridge: it starts from noise and takes no source samples")
+
     def prior(self, number: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws z_1 ~ N(0, I), (number, *event), on the model's device."""
+        """Draws z_1, (number, *event), on the model's device: from N(0, I), or around the sources of a bridge."""
+        self._check_source()
         like = next(self.parameters())
         noise = torch.randn(number, *self.shape, generator=generator, dtype=like.dtype, device="cpu")
-        return noise.to(like.device)
+        return self.process.prior(noise.to(like.device), self.source)

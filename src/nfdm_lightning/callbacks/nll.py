@@ -75,7 +75,7 @@ class NLL(Callback):
         x = x.to(pl_module.dtype)
         sums: dict[str, Tensor] = {}
         for draw in range(draws):
-            terms = pl_module.bound(x, indexed_draws(x, index, draw, draws, self.seed))
+            terms = pl_module.bound(x, indexed_draws(pl_module.target(x), index, draw, draws, self.seed))
             for name, values in {"nats": terms.nats, **terms.named()}.items():
                 sums[name] = sums.get(name, torch.zeros_like(values)) + values / draws
         for name, values in sums.items():

@@ -17,12 +17,15 @@ densities are per sample, shape (B,), in nats.
 import abc
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nfdm_lightning.processes.penalties import Penalty
 
 Shape = tuple[int, ...]
 
@@ -93,17 +96,44 @@ class ForwardProcess(nn.Module, abc.ABC):
     A subclass writes :meth:`transform`, :meth:`inverse` and :meth:`log_prob`; velocity and score then come from automatic
     differentiation. Override :meth:`reference` when the process starts out near another Gaussian path than the default.
     A process must be deterministic between calls (no dropout) and twice differentiable in its parameters and t.
+    :func:`nfdm_lightning.testing.check_process` says whether a subclass keeps all this.
+
+    The path of a bridge depends on a source sample besides the data: it sets ``takes_source``, its x are pairs
+    (target, source) stacked to (B, 2, *event), and :meth:`split`, :meth:`join`, :meth:`prior` and :meth:`offset` say what
+    that means. Every other process leaves these alone.
 
     Args:
-        shape: event shape of x, without the batch dimension.
+        shape: event shape of z, without the batch dimension.
     """
 
     delta: float = 1e-2
     """Standard deviation of q(z_0 | x) along the default reference path, in data units."""
 
+    takes_source: ClassVar[bool] = False
+    """Whether x are pairs (target, source)."""
+
+    penalties: Sequence["Penalty"] = ()
+    """What the process wants added to the objective in training, besides the bound."""
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = tuple(shape)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns what the predictor has to predict, (B, *event), and the source that it is given, or None."""
+        return x, None
+
+    def join(self, x_hat: Tensor, source: Tensor | None) -> Tensor:
+        """Returns the x of a prediction and a source: the inverse of :meth:`split`."""
+        return x_hat
+
+    def prior(self, eps: Tensor, source: Tensor | None) -> Tensor:
+        """Returns z_1, (B, *event), as the generative model draws it from eps ~ N(0, I)."""
+        return eps
+
+    def offset(self, t: Tensor, source: Tensor | None) -> Tensor | float:
+        """Returns what the source contributes to the mean of the reference path, broadcastable to (B, *event)."""
+        return 0.0
 
     @abc.abstractmethod
     def transform(self, eps: Tensor, t: Tensor, x: Tensor) -> Tensor:
@@ -136,11 +166,14 @@ class ForwardProcess(nn.Module, abc.ABC):
         return self.path(self.inverse(z, t, x), t, x)
 
     def start(self, eps: Tensor, x: Tensor) -> Tensor:
-        """Returns z_0 = F(eps, 0, x), (B, *event); a process pinned at t = 0 overrides it to save a network call."""
+        """Returns z_0 = F(eps, 0, x), (B, *event); a process pinned at t = 0 may override it to save a network call."""
         return self.transform(eps, x.new_zeros(len(x)), x)
 
     def prior_kl(self, eps: Tensor, x: Tensor) -> Tensor:
-        r"""Returns KL(q(z_1 | x) || N(0, I)) in nats, (B,); by default the one-sample estimate at z_1 = F(eps, 1, x)."""
+        r"""Returns KL(q(z_1 | x) || N(0, I)) in nats, (B,); by default the one-sample estimate at z_1 = F(eps, 1, x).
+
+        A process with another prior than N(0, I) overrides this together with :meth:`prior`.
+        """
         t = x.new_ones(len(x))
         z = self.transform(eps, t, x)
         return self.log_prob(z, t, x) + sum_event(0.5 * z**2 + 0.5 * math.log(2 * math.pi))
@@ -153,29 +186,61 @@ class ForwardProcess(nn.Module, abc.ABC):
         """
         return 1 - t, self.delta ** (1 - t)
 
-    def reference_g2(self, t: Tensor) -> Tensor:
-        r"""Returns :math:`g^2(t) = 2 \sigma^2 (\sigma'/\sigma - \alpha'/\alpha)` of the reference path, (B,).
+    def reference_log_ratio(self, t: Tensor) -> Tensor:
+        r"""Returns :math:`\log(\sigma / \alpha)` of the reference path, half of gamma, (B,).
 
-        For a fixed Gaussian process the bound is tight there (:math:`\sigma^2 \gamma'` with
-        :math:`\gamma = \log \sigma^2/\alpha^2`). Where alpha falls below 0.05, 0.05 stands for it: on a path to
-        alpha(1) = 0, g would diverge.
+        Where alpha falls below 0.05 its logarithm continues along its tangent there: on a path to alpha(1) = 0 it would
+        diverge, and g with it.
         """
-        (alpha, sigma), (alpha_dt, sigma_dt) = time_derivative(self.reference, t)
-        return matched_g2(alpha, sigma, alpha_dt, sigma_dt)
+        alpha, sigma = self.reference(t)
+        return sigma.log() - floored_log(alpha)
 
-    def transition(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor, noise: Tensor) -> Tensor:
-        r"""Returns z_s given z_t, s <= t, by the reverse SDE of one fixed x, which has a solution in closed form.
+    def reference_g2(self, t: Tensor) -> Tensor:
+        r"""Returns :math:`g^2(t) = 2 \sigma^2\, \partial_t \log(\sigma / \alpha)` of the reference path, (B,).
 
-        At fixed x, :math:`\varepsilon = F^{-1}(z, t, x)` is an Ornstein-Uhlenbeck process (derived):
+        For a fixed Gaussian process the bound is tight there (:math:`\sigma^2 \gamma'`).
+        """
+        _, slope = time_derivative(self.reference_log_ratio, t)
+        return 2 * self.reference(t)[1] ** 2 * slope
+
+    def log_refresh(
+        self, t: Tensor, s: Tensor, g2_t: Tensor, g2_s: Tensor, std_t: Tensor, std_s: Tensor, like: Tensor
+    ) -> Tensor:
+        r"""Returns log rho <= 0: how much of eps_t is left at s < t in the reverse SDE of one fixed x (derived).
 
         .. math:: \varepsilon_s = \rho\, \varepsilon_t + \sqrt{1 - \rho^2}\, \text{noise},
-            \qquad \rho = \exp\Big(-\int_s^t \frac{g^2(u)}{2\, \text{std}^2(u)} du\Big)
+            \qquad \rho = \exp\Big(-\int_s^t \frac{g^2}{2\, \text{std}^2} du\Big)
 
-        The integral is by the trapezoidal rule. With g = 0 it is the exact ODE step of that x (DDIM for Gaussian paths).
-        For a process that is not affine the noise is refreshed in eps, at the rate that the reference path has.
+        At fixed x, eps is an Ornstein-Uhlenbeck process. The integral is exact for the reference path and its own g;
+        another g or std multiplies it by the mean of its values at the two ends. So a fixed Gaussian process with its
+        matched g has :math:`\rho = \alpha_t \sigma_s / (\alpha_s \sigma_t)`, DDPM's choice.
+
+        Args:
+            t: the later time, (B,).
+            s: the earlier time, (B,).
+            g2_t: g^2(t), (B,).
+            g2_s: g^2(s), (B,).
+            std_t: standard deviation of q(z_t | x), broadcastable to (B, *event).
+            std_s: that of q(z_s | x).
+            like: any tensor of shape (B, *event).
         """
-        rate_t, rate_s = (expand_as_event(g2 / self.reference(u)[1] ** 2, z) for g2, u in ((g2_t, t), (g2_s, s)))
-        return self.transform(_refresh(self.inverse(z, t, x), rate_t, rate_s, expand_as_event(t - s, z), noise), s, x)
+        exact = expand_as_event(self.reference_log_ratio(t) - self.reference_log_ratio(s), like)
+        ends = ((t, g2_t, std_t), (s, g2_s, std_s))
+        share = [
+            expand_as_event(g2 / self.reference_g2(u) * self.reference(u)[1] ** 2, like) / std**2 for u, g2, std in ends
+        ]
+        return -0.5 * exact * (share[0] + share[1])
+
+    def transition(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor, noise: Tensor) -> Tensor:
+        r"""Returns z_s given z_t, s <= t, by the reverse SDE of one fixed x, see :meth:`log_refresh`.
+
+        With g = 0 it is the exact ODE step of that x (DDIM for Gaussian paths). For a process that is not affine the noise
+        is refreshed in eps, at the rate that the reference path has.
+        """
+        std_t, std_s = (expand_as_event(self.reference(u)[1], z) for u in (t, s))
+        log_rho = self.log_refresh(t, s, g2_t, g2_s, std_t, std_s, z)
+        eps = log_rho.exp() * self.inverse(z, t, x) + (-torch.expm1(2 * log_rho)).sqrt() * noise
+        return self.transform(eps, s, x)
 
 
 class AffineProcess(ForwardProcess):
@@ -218,21 +283,47 @@ class AffineProcess(ForwardProcess):
         eps = (z - at.mean) / at.std
         return PathPoint(z, at.mean_dt + at.std_dt * eps, -eps / at.std)
 
-    def transition(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor, noise: Tensor) -> Tensor:
+    def posterior(
+        self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        r"""Returns mean and std, (B, *event), of the discrete-time posterior :math:`q(z_s \mid z_t, x)`, s < t.
+
+        .. math:: \text{mean}_s + \rho\, \text{std}_s\, \frac{z_t - \text{mean}_t}{\text{std}_t}, \qquad
+            \text{std}_s \sqrt{1 - \rho^2}
+
+        with rho of :meth:`log_refresh`. It has the marginals q(z_s | x) for any g. (NDM, arXiv 2310.08337, section 3, where
+        the mean is alpha F(x, t), the std sigma, and the variance v DDPM's.)
+        """
         (mean_t, std_t), (mean_s, std_s) = self.moments(t, x), self.moments(s, x)
-        rate_t, rate_s = (expand_as_event(g2, z) / std**2 for g2, std in ((g2_t, std_t), (g2_s, std_s)))
-        return mean_s + std_s * _refresh((z - mean_t) / std_t, rate_t, rate_s, expand_as_event(t - s, z), noise)
+        log_rho = self.log_refresh(t, s, g2_t, g2_s, std_t, std_s, z)
+        mean = mean_s + std_s * log_rho.exp() * (z - mean_t) / std_t
+        return mean, (std_s * (-torch.expm1(2 * log_rho)).sqrt()).expand_as(z)
+
+    def posterior_kl(
+        self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, x_hat: Tensor, g2_t: Tensor, g2_s: Tensor
+    ) -> Tensor:
+        r"""Returns :math:`KL(q(z_s \mid z_t, x) \,\|\, q(z_s \mid z_t, \hat x))` in nats, (B,).
+
+        Summed over the steps of a grid it is the diffusion term in discrete time; T times one step tends to the continuous
+        loss.
+        """
+        (mean, std), (mean_hat, std_hat) = (self.posterior(z, t, s, data, g2_t, g2_s) for data in (x, x_hat))
+        ratio = std / std_hat
+        return sum_event(0.5 * ((mean - mean_hat) / std_hat) ** 2 + 0.5 * (ratio**2 - 1) - ratio.log())
+
+    def transition(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor, noise: Tensor) -> Tensor:
+        mean, std = self.posterior(z, t, s, x, g2_t, g2_s)
+        return mean + std * noise
 
     def prior_kl(self, eps: Tensor, x: Tensor) -> Tensor:
         r"""Returns :math:`\tfrac12 \sum (\text{mean}^2 + \text{std}^2 - 1 - 2 \log \text{std})` at t = 1 in nats, (B,)."""
         mean, std = self.moments(x.new_ones(len(x)), x)
-        return sum_event(0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).expand_as(x))
+        return sum_event(0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).expand_as(eps))
 
 
-def _refresh(eps: Tensor, rate_t: Tensor, rate_s: Tensor, dt: Tensor, noise: Tensor) -> Tensor:
-    """Returns eps after the Ornstein-Uhlenbeck process of a step dt, rate = g^2 / std^2 at its two ends."""
-    log_rho = -0.25 * (rate_t + rate_s) * dt
-    return log_rho.exp() * eps + (-torch.expm1(2 * log_rho)).sqrt() * noise
+def floored_log(alpha: Tensor) -> Tensor:
+    """Returns log alpha, and below 0.05 its tangent there."""
+    return alpha.clamp_min(ALPHA_FLOOR).log() + (alpha / ALPHA_FLOOR - 1).clamp_max(0)
 
 
 def matched_g2(alpha: Tensor, sigma: Tensor, alpha_dt: Tensor, sigma_dt: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from nfdm_lightning.networks import auto
-from nfdm_lightning.processes.base import AffineProcess, Shape, expand_as_event, matched_g2, sum_event
+from nfdm_lightning.processes.base import AffineProcess, Shape, expand_as_event, matched_g2
 from nfdm_lightning.processes.schedules import Schedule, VariancePreserving
 
 
@@ -13,6 +13,7 @@ class NDM(AffineProcess):
     r"""Neural Diffusion Model: :math:`z_t = \alpha(t)\,F(x, t) + \sigma(t)\,\varepsilon`, :math:`F(x, t) = x + t\,n(x, t)`.
 
     F(x, 0) = x whatever the network n; with the network's output at zero it is the Gaussian process of its schedule.
+    Trains in continuous time, or in the paper's first formulation of T steps (``discrete_steps`` of the model).
     (NDM, arXiv 2310.08337, section 3.)
 
     Args:
@@ -48,27 +49,3 @@ class NDM(AffineProcess):
 
     def reference_g2(self, t: Tensor) -> Tensor:
         return matched_g2(*self.schedule.derivatives(t))
-
-    def posterior(self, z: Tensor, s: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Returns mean (B, *event) and variance (B,) of the discrete-time posterior :math:`q(z_s \mid z_t, x)`, s < t.
-
-        .. math::
-            \alpha_s F(x, s) + \tfrac{\sqrt{\sigma_s^2 - v}}{\sigma_t} (z_t - \alpha_t F(x, t)), \qquad
-            v = \tfrac{\sigma_s^2}{\sigma_t^2} \Big(\sigma_t^2 - \tfrac{\alpha_t^2}{\alpha_s^2} \sigma_s^2\Big)
-
-        (NDM, arXiv 2310.08337, section 3, with DDPM's choice of the variance v.)
-        """
-        (alpha_s, sigma_s), (alpha_t, sigma_t) = self.schedule(s), self.schedule(t)
-        variance = (sigma_s / sigma_t) ** 2 * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
-        carry = expand_as_event((sigma_s**2 - variance).sqrt() / sigma_t, z)
-        mean_s, mean_t = (expand_as_event(alpha, z) * self.data_map(x, time) for alpha, time in ((alpha_s, s), (alpha_t, t)))
-        return mean_s + carry * (z - mean_t), variance
-
-    def posterior_kl(self, z: Tensor, s: Tensor, t: Tensor, x: Tensor, x_hat: Tensor) -> Tensor:
-        r"""Returns :math:`KL(q(z_s \mid z_t, x) \,\|\, q(z_s \mid z_t, \hat x))` in nats, (B,).
-
-        Summed over T steps it is the diffusion term in discrete time; T times one step tends to the continuous loss with
-        :math:`g^2 = \sigma^2 \gamma'`.
-        """
-        (mean, variance), (mean_hat, _) = self.posterior(z, s, t, x), self.posterior(z, s, t, x_hat)
-        return sum_event((mean - mean_hat) ** 2) / (2 * variance)

@@ -1,0 +1,77 @@
+r"""A noise schedule per dimension that depends on the data (MuLAN, arXiv 2312.13236)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.networks import auto
+from nfdm_lightning.processes.base import AffineProcess, Moments, Shape, expand_as_event
+from nfdm_lightning.processes.schedules import VariancePreserving
+
+
+class MuLAN(AffineProcess):
+    r"""Variance preserving with its own learned log-SNR for every dimension of every sample.
+
+    .. math::
+        z_t &= \sqrt{\text{sigmoid}(-\gamma)}\, x + \sqrt{\text{sigmoid}(\gamma)}\, \varepsilon, \qquad
+        \gamma(t, x) = \gamma_0 + (\gamma_1 - \gamma_0)\, p(t, x) / p(1, x) \\
+        \partial_t p(t, x) &= (a t^2 + b t + d)^2 + 10^{-3}, \qquad (a, b, d - 1) = c \tanh(n(x) / c), \quad p(0, x) = 0
+
+    the monotone polynomial of the fifth degree of MuLAN (arXiv 2312.13236, section 3.5), so the time derivative is closed
+    form and the network is evaluated at x alone. All ends are those of the fixed schedule, which is also where it starts.
+    MuLAN conditions gamma on an auxiliary latent that is inferred from x; here it is conditioned on x itself, and the
+    reverse process puts x_hat in its place, as NFDM does.
+
+    Args:
+        shape: event shape of x.
+        network: builds n from (input shape, output shape), three outputs per dimension; it is evaluated as n(x, 0).
+        gamma_min: gamma(0), minus the log-SNR at the data.
+        gamma_max: gamma(1).
+        bound: c, the limit of the coefficients, which keeps the noise at x and at x_hat comparable.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        network: Callable[[Shape, Shape], nn.Module] = auto,
+        gamma_min: float = -13.3,
+        gamma_max: float = 5.0,
+        bound: float = 1.0,
+    ) -> None:
+        super().__init__(shape)
+        if not bound > 0:
+            raise ConfigError(f"bound={bound} must be positive: it limits the coefficients of the learned schedule")
+        self.schedule = VariancePreserving(gamma_min, gamma_max)
+        self.bound = bound
+        self.network = network(self.shape, (3 * self.shape[0], *self.shape[1:]))
+
+    def gamma(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns gamma and its time derivative, each (B, *event), from one evaluation of the network."""
+        raw = self.network(x, x.new_zeros(len(x)))
+        a, b, offset = (self.bound * torch.tanh(raw / self.bound)).chunk(3, dim=1)
+        d, floor, time = 1 + offset, 1e-3, expand_as_event(t, x)
+        powers = (d**2 + floor, b * d, (b**2 + 2 * a * d) / 3, a * b / 2, a**2 / 5)
+        total = sum(powers, x.new_zeros(()))
+        value = x.new_zeros(())
+        for power in reversed(powers):
+            value = (value + power) * time
+        span = (self.schedule.gamma_max - self.schedule.gamma_min) / total
+        return self.schedule.gamma_min + span * value, span * ((a * time**2 + b * time + d) ** 2 + floor)
+
+    def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        gamma, _ = self.gamma(t, x)
+        return (-gamma).sigmoid().sqrt() * x, gamma.sigmoid().sqrt()
+
+    def moments_dt(self, t: Tensor, x: Tensor) -> Moments:
+        gamma, gamma_dt = self.gamma(t, x)
+        alpha, sigma = (-gamma).sigmoid().sqrt(), gamma.sigmoid().sqrt()
+        return Moments(alpha * x, sigma, -0.5 * alpha * sigma**2 * gamma_dt * x, 0.5 * sigma * alpha**2 * gamma_dt)
+
+    def start(self, eps: Tensor, x: Tensor) -> Tensor:
+        alpha, sigma = self.schedule(x.new_zeros(len(x)))  # the ends are fixed: needs no network
+        return expand_as_event(alpha, x) * x + expand_as_event(sigma, x) * eps
+
+    def reference(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.schedule(t)

@@ -1,0 +1,39 @@
+"""NFDM-OT (arXiv 2404.12940, section 5.2): NFDM whose generative trajectories are straightened while it learns."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from nfdm_lightning.networks import auto
+from nfdm_lightning.processes.base import Shape
+from nfdm_lightning.processes.nfdm import NFDM
+from nfdm_lightning.processes.penalties import Curvature
+
+
+class NFDMOT(NFDM):
+    r"""NFDM that asks for the curvature penalty, :math:`\lambda\, \mathbb E |\tfrac{d}{dt} f(z_t, t, \hat x)|^2`.
+
+    The same forward process as :class:`NFDM`; the penalty acts in training alone. Sample it with the ODE in few steps. For
+    another process restricted in this way, add :class:`~nfdm_lightning.processes.penalties.Curvature` to the model's
+    penalties.
+
+    Args:
+        shape: event shape of x.
+        network: builds (m, l) from (input shape, output shape), the two stacked along the first event dimension.
+        delta: standard deviation at t = 0, in data units.
+        bound: limit of |l|, reached smoothly through tanh.
+        weight: lambda.
+        warmup_steps: training steps over which the weight rises linearly from 0.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        network: Callable[[Shape, Shape], nn.Module] = auto,
+        delta: float = 1e-2,
+        bound: float = 8.0,
+        weight: float = 1e-2,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(shape, network, delta, bound)
+        self.penalties = (Curvature(weight, warmup_steps),)

@@ -1,0 +1,107 @@
+r"""Separable NFDM: mean and log std are polynomials in t whose coefficients a network makes of x."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.polynomial import Chebyshev, Polynomial
+from torch import Tensor, nn
+
+from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.networks import auto
+from nfdm_lightning.processes.base import AffineProcess, Moments, Shape, expand_as_event
+
+
+class SeparableNFDM(AffineProcess):
+    r"""NFDM with separated variables (ours): any time derivative is exact and costs no more than the process itself.
+
+    .. math::
+        \text{mean}(t, x) &= (1 - t)\,x + \textstyle\sum_k b_k(t)\,h_k(x) \\
+        \log \text{std}(t, x) &= (1 - t) \log\delta + \textstyle\sum_k b_k(t)\,l_k(x), \qquad |l_k| < \text{bound} / K \\
+        b_k(t) &= t(1 - t)\,T_k(2t - 1), \qquad k = 0, \dots, K - 1
+
+    with T_k the Chebyshev polynomials. Pinned at both ends as NFDM is. The network is evaluated once, at x alone, and no
+    derivative of it is ever taken in t: there is no forward-mode autodiff, and layers that it forbids are allowed but for
+    dropout and batch statistics.
+
+    Args:
+        shape: event shape of x.
+        network: builds all h_k and l_k from (input shape, output shape), stacked along the first event dimension; it is
+            evaluated as n(x, 0).
+        terms: K, the number of basis functions.
+        delta: standard deviation at t = 0, in data units.
+        bound: limit of the learned sum in log std, but for its factor t(1 - t).
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        network: Callable[[Shape, Shape], nn.Module] = auto,
+        terms: int = 4,
+        delta: float = 1e-2,
+        bound: float = 8.0,
+    ) -> None:
+        super().__init__(shape)
+        if not 0 < delta < 1:
+            raise ConfigError(f"delta={delta} must lie in (0, 1): std(0) = delta pins the path away from zero noise")
+        if not bound > 0:
+            raise ConfigError(f"bound={bound} must be positive: it limits the learned part of log std")
+        if terms < 1:
+            raise ConfigError(f"terms={terms} must be at least 1: the number of basis functions")
+        self.network = network(self.shape, (2 * terms * self.shape[0], *self.shape[1:]))
+        self.terms, self.delta, self.bound = terms, delta, bound
+        pin = Polynomial([0, 1, -1])
+        self._basis = [
+            pin * Chebyshev.basis(k, domain=[0, 1]).convert(kind=Polynomial, domain=[-1, 1]) for k in range(terms)
+        ]
+
+    def basis(self, t: Tensor, order: int = 0) -> Tensor:
+        """Returns the order-th derivative of every b_k at t (B,), shape (B, K)."""
+        coefficients = [polynomial.deriv(order).coef if order else polynomial.coef for polynomial in self._basis]
+        size = max(len(row) for row in coefficients)
+        table = t.new_tensor(np.stack([np.pad(row, (0, size - len(row))) for row in coefficients]))
+        return t[:, None] ** torch.arange(size, device=t.device) @ table.T
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns h and l, each (B, K, *event): the one evaluation of the network."""
+        shift, raw = self.network(x, x.new_zeros(len(x))).unflatten(1, (2, self.terms, self.shape[0])).unbind(1)
+        limit = self.bound / self.terms
+        return shift, limit * torch.tanh(raw / limit)
+
+    def _series(self, t: Tensor, x: Tensor, shift: Tensor, log_noise: Tensor, order: int) -> tuple[Tensor, Tensor]:
+        """Returns the order-th time derivatives of mean and log std."""
+        basis = self.basis(t, order)
+        fixed = {0: 1 - t, 1: -torch.ones_like(t)}.get(order, torch.zeros_like(t))
+        line = expand_as_event(fixed, x)
+        mean, log_std = (torch.einsum("bk,bk...->b...", basis, values) for values in (shift, log_noise))
+        return line * x + mean, line * math.log(self.delta) + log_std
+
+    def derivatives(self, eps: Tensor, t: Tensor, x: Tensor, order: int) -> list[Tensor]:
+        r"""Returns :math:`F, \partial_t F, \dots, \partial_t^n F` at fixed eps, each (B, *event), from one evaluation.
+
+        The derivatives of :math:`\text{std} = \exp L` follow from those of L:
+        :math:`\text{std}^{(n)} = \sum_{k=1}^{n} \binom{n-1}{k-1} L^{(k)}\, \text{std}^{(n-k)}`.
+        """
+        shift, log_noise = self.coefficients(x)
+        means, logs = zip(*(self._series(t, x, shift, log_noise, n) for n in range(order + 1)), strict=True)
+        stds = [logs[0].exp()]
+        for n in range(1, order + 1):
+            stds.append(sum((math.comb(n - 1, k - 1) * logs[k] * stds[n - k] for k in range(1, n + 1)), torch.zeros_like(x)))
+        return [mean + std * eps for mean, std in zip(means, stds, strict=True)]
+
+    def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self._series(t, x, *self.coefficients(x), 0)
+        return mean, log_std.exp()
+
+    def moments_dt(self, t: Tensor, x: Tensor) -> Moments:
+        coefficients = self.coefficients(x)
+        (mean, log_std), (mean_dt, log_std_dt) = (self._series(t, x, *coefficients, order) for order in (0, 1))
+        std = log_std.exp()
+        return Moments(mean, std, mean_dt, std * log_std_dt)
+
+    def start(self, eps: Tensor, x: Tensor) -> Tensor:
+        return x + self.delta * eps  # pinned: needs no network
+
+    def prior_kl(self, eps: Tensor, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x))  # pinned: q(z_1 | x) is the prior

@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUIET = ["--trainer.callbacks=null", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
 
-def train_and_test(config: str, seed: int, steps: int, folder: Path) -> tuple[NeuralDiffusion, dict[str, float]]:
+def train_and_test(
+    config: str, seed: int, steps: int, folder: Path, extra: Sequence[str] = ()
+) -> tuple[NeuralDiffusion, dict[str, float]]:
     """Trains and tests a shipped configuration; returns the model with averaged weights and the test metrics.
 
     Nothing is chosen on test data: the last checkpoint is evaluated.
     """
-    common = ["--config", str(CONFIGS / f"{config}.yaml"), f"--trainer.default_root_dir={folder}", *QUIET]
+    common = ["--config", str(CONFIGS / f"{config}.yaml"), f"--trainer.default_root_dir={folder}", *extra, *QUIET]
     fit = ["fit", *common, f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.max_steps={steps}"]
     if lightning(fit) != 0 or lightning(["test", *common, "--ckpt_path=last"]) != 0:
         raise SystemExit(f"{config}, seed {seed}: the run failed")

@@ -16,11 +16,19 @@ from nfdm_lightning.predictor import DataSpec, Predictor, XPrediction
 from nfdm_lightning.processes import (
     NDM,
     NFDM,
+    NFDMOT,
+    AffineCoupling,
+    Bridge,
+    ConditionalFlow,
     Cosine,
+    FlowNFDM,
     ForwardProcess,
     Gaussian,
     LearnedMonotone,
     LinearFlow,
+    MuLAN,
+    SeparableNFDM,
+    SplineCoupling,
 )
 from nfdm_lightning.reverse import ReverseProcess
 from nfdm_lightning.volatility import MatchedVolatility, Volatility
@@ -37,6 +45,12 @@ def small_network(in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> nn.M
     return small_unet(in_shape, out_shape) if len(in_shape) == 3 else small_mlp(in_shape, out_shape)
 
 
+def small_flow(shape: tuple[int, ...]) -> ConditionalFlow:
+    if len(shape) == 3:
+        return AffineCoupling(shape, partial(UNet, channels=8, multipliers=(1,)), layers=3)
+    return SplineCoupling(shape, small_mlp, layers=2)
+
+
 PROCESSES: dict[str, Callable[[tuple[int, ...]], ForwardProcess]] = {
     "gaussian_vp": Gaussian,
     "gaussian_learned": partial(Gaussian, schedule=LearnedMonotone),
@@ -45,6 +59,12 @@ PROCESSES: dict[str, Callable[[tuple[int, ...]], ForwardProcess]] = {
     "ndm": partial(NDM, network=small_network),
     "ndm_fm": partial(NDM, network=small_network, schedule=LinearFlow),
     "nfdm": partial(NFDM, network=small_network),
+    "nfdm_ot": partial(NFDMOT, network=small_network),
+    "separable": partial(SeparableNFDM, network=small_network),
+    "mulan": partial(MuLAN, network=small_network),
+    "flow_nfdm": partial(FlowNFDM, network=small_network, flow=small_flow),
+    "flow_affine": partial(FlowNFDM, network=small_network, flow=partial(AffineCoupling, network=small_mlp)),
+    "bridge": partial(Bridge, network=small_network),
 }
 SHAPES = {"vector": (3,), "image": (2, 4, 4)}
 
@@ -91,12 +111,21 @@ def process(process_name: str, shape: tuple[int, ...]) -> ForwardProcess:
     return built
 
 
-def batch(shape: tuple[int, ...], number: int = 4, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns eps, t in (0.05, 0.95) and x."""
+def batch(
+    shape: tuple[int, ...], number: int = 4, seed: int = 1, process: ForwardProcess | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns eps, t in (0.05, 0.95) and x, as the process takes it."""
     generator = torch.Generator().manual_seed(seed)
     eps = torch.randn(number, *shape, generator=generator)
     x = torch.randn(number, *shape, generator=generator)
-    return eps, torch.linspace(0.05, 0.95, number), x
+    return eps, torch.linspace(0.05, 0.95, number), x if process is None else data_for(process, x)
+
+
+def data_for(process: ForwardProcess, x: Tensor, seed: int = 2) -> Tensor:
+    """Returns x as the process takes it: for a bridge, with a source stacked to each sample."""
+    if not process.takes_source:
+        return x
+    return torch.stack([x, torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)], 1)
 
 
 class Known(Predictor):
@@ -106,8 +135,11 @@ class Known(Predictor):
         super().__init__(DataSpec(shape), small_network)
         self.x_hat = x_hat
 
-    def combine(self, z: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def forward(self, z: Tensor, *_: Tensor | None) -> Tensor:
         return self.x_hat.expand_as(z)
+
+    def combine(self, z: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 def gaussian_data_model(process: ForwardProcess, std: float, volatility: Volatility | None = None) -> ReverseProcess:

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import Categorical
 
-from conftest import PROCESSES, Known, batch, gaussian_data_model, perturb, small_mlp, small_network
+from conftest import PROCESSES, Known, batch, data_for, gaussian_data_model, perturb, small_mlp, small_network
 from nfdm_lightning.bound import (
     BoundTerms,
     bits_per_dim,
@@ -55,7 +55,7 @@ def exact_terms(reverse: ReverseProcess, std: float, decoder: GaussianDecoder, c
     times, slope = torch.expm1(9 * u) / math.expm1(9), 9 * torch.exp(9 * u) / math.expm1(9)
     with torch.no_grad():
         alpha, sigma = (value[0] for value in reverse.process.reference(torch.zeros(1)))
-        losses = diffusion_loss(reverse, x.repeat(cells, 1), times.repeat_interleave(9), eps.repeat(cells, 1))
+        losses, _ = diffusion_loss(reverse, x.repeat(cells, 1), times.repeat_interleave(9), eps.repeat(cells, 1))
         diffusion = (losses.unflatten(0, (cells, 9)) @ weight * slope).mean()
         reconstruction = -decoder.log_prob(x, reverse.process.start(eps, x), alpha, sigma) @ weight
         prior = reverse.process.prior_kl(eps, x) @ weight
@@ -67,11 +67,14 @@ def entropy(std: float) -> float:
 
 
 def test_diffusion_loss_is_zero_where_the_prediction_is_right(process, shape):
-    eps, t, x = batch(shape)
+    eps, t, target = batch(shape)
+    x = data_for(process, target)
     for volatility in (MatchedVolatility(), LearnedVolatility()):
         perturb(volatility)
-        right = diffusion_loss(ReverseProcess(process, Known(shape, x), volatility), x, t, eps)
-        wrong = diffusion_loss(ReverseProcess(process, Known(shape, x + 0.1), volatility), x, t, eps)
+        right, wrong = (
+            diffusion_loss(ReverseProcess(process, Known(shape, known), volatility).given(process.split(x)[1]), x, t, eps)[0]
+            for known in (target, target + 0.1)
+        )
         assert right.shape == (4,)
         assert right.max() < 1e-15 * wrong.min()
 
@@ -116,7 +119,7 @@ def test_diffusion_loss_of_vp_is_the_loss_of_vdm():
     gamma = expand_as_event(-13.3 + 18.3 * t, x)
     alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
     eps_hat = (alpha * x + sigma * eps - alpha * x_hat) / sigma
-    torch.testing.assert_close(diffusion_loss(reverse, x, t, eps), 0.5 * 18.3 * sum_event((eps - eps_hat) ** 2))
+    torch.testing.assert_close(diffusion_loss(reverse, x, t, eps)[0], 0.5 * 18.3 * sum_event((eps - eps_hat) ** 2))
 
 
 def test_volatility_of_least_loss():
@@ -133,22 +136,33 @@ def test_volatility_of_least_loss():
         def loss(factor: float) -> Tensor:
             volatility = Scaled(factor)
             volatility.forward = lambda t, reference: factor * best  # type: ignore[method-assign]
-            return diffusion_loss(ReverseProcess(process, Known((3,), x_hat), volatility), x, t, eps)
+            return diffusion_loss(ReverseProcess(process, Known((3,), x_hat), volatility), x, t, eps)[0]
 
         assert (loss(1.0) < loss(0.9)).all()
         assert (loss(1.0) < loss(1.1)).all()
 
 
-def test_discrete_time_kl_tends_to_the_continuous_loss():
-    process, (eps, t, x) = NDM((3,), network=small_network), batch((3,))
+@pytest.mark.parametrize("name", [name for name in PROCESSES if "flow" not in name])
+def test_discrete_time_kl_tends_to_the_continuous_loss(name):
+    """For every affine process and a volatility that is not the reference: the discrete refresh has the rate g^2 / std^2."""
+    process, (eps, t, x) = PROCESSES[name]((3,)), batch((3,))
     perturb(process)
-    x_hat = 0.8 * x + 0.1
-    reverse = ReverseProcess(process, Known((3,), x_hat), MatchedVolatility())
+    target, source = process.split(x := data_for(process, x))
+    volatility = LearnedVolatility()
+    perturb(volatility)
+    reverse = ReverseProcess(process, Known((3,), 0.8 * target + 0.1), volatility).given(source)
     with torch.no_grad():
-        limit = diffusion_loss(reverse, x, t, eps)
+        limit, _ = diffusion_loss(reverse, x, t, eps)
         z = process.transform(eps, t, x)
         errors = [
-            (steps * process.posterior_kl(z, t - 1 / steps, t, x, x_hat) - limit).abs().max().item()
+            (
+                steps
+                * process.posterior_kl(z, t, t - 1 / steps, x, reverse.x_hat(z, t), reverse.g2(t), reverse.g2(t - 1 / steps))
+                - limit
+            )
+            .abs()
+            .max()
+            .item()
             for steps in (100, 1000, 10_000, 100_000)
         ]
     assert errors[-1] < 1e-3 * limit.max().item()
@@ -163,8 +177,10 @@ def test_discrete_posterior_is_that_of_bayes():
     s, t = torch.tensor([0.3]), torch.tensor([0.6])
     with torch.no_grad():
         (mean_s, std_s), (mean_t, std_t) = process.moments(s, x), process.moments(t, x)
-        zero, variance = process.posterior(mean_t, s, t, x)
-        one, _ = process.posterior(mean_t + 1, s, t, x)
+        g2 = process.reference_g2(t), process.reference_g2(s)
+        zero, std = process.posterior(mean_t, t, s, x, *g2)
+        one, _ = process.posterior(mean_t + 1, t, s, x, *g2)
+        variance = std**2
         slope = one - zero
         torch.testing.assert_close(zero, mean_s)
         torch.testing.assert_close(slope**2 * std_t**2 + variance, std_s**2)
@@ -230,8 +246,9 @@ def test_bound_terms_add_up_and_are_per_sample(process, shape):
     _, _, x = batch(shape)
     reverse = ReverseProcess(process, Known(shape, 0.5 * x), LearnedVolatility())
     draws = random_draws(x, torch.Generator().manual_seed(0))
-    terms = variational_bound(reverse, GaussianDecoder(0.01), x, draws)
+    terms = variational_bound(reverse, GaussianDecoder(0.01), data_for(process, x), draws)
     assert isinstance(terms, BoundTerms)
+    torch.testing.assert_close(terms.z, process.transform(draws.eps, draws.t, data_for(process, x)))
     for value in (*terms.named().values(), terms.nats, terms.t):
         assert value.shape == (4,)
     torch.testing.assert_close(sum(terms.named().values()), terms.nats)

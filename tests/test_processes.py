@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
 
-from conftest import PROCESSES, batch, central_difference, perturb, small_mlp, small_network
+from conftest import PROCESSES, batch, central_difference, data_for, perturb, small_mlp, small_network
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.predictor import DataSpec, XPrediction
 from nfdm_lightning.processes import (
     NDM,
     NFDM,
+    AffineProcess,
     Cosine,
     ForwardProcess,
     Gaussian,
@@ -36,6 +37,7 @@ class Derived(ForwardProcess):
     def __init__(self, inner: ForwardProcess) -> None:
         super().__init__(inner.shape)
         self.inner = inner
+        self.takes_source = inner.takes_source
 
     def transform(self, eps, t, x):
         return self.inner.transform(eps, t, x)
@@ -68,7 +70,7 @@ class Sinh(ForwardProcess):
 
 
 def test_inverse_undoes_transform(process, shape):
-    eps, t, x = batch(shape)
+    eps, t, x = batch(shape, process=process)
     torch.testing.assert_close(process.inverse(process.transform(eps, t, x), t, x), eps, rtol=0, atol=1e-10)
 
 
@@ -77,7 +79,7 @@ def test_log_prob_is_the_change_of_variables(name):
     shape = (3,)
     process = Sinh(shape) if name == "sinh" else PROCESSES[name](shape)
     perturb(process)
-    eps, t, x = batch(shape)
+    eps, t, x = batch(shape, process=process)
     jacobian = torch.stack(
         [
             torch.func.jacrev(lambda e, i=i: process.transform(e[None], t[i : i + 1], x[i : i + 1])[0])(eps[i])
@@ -89,7 +91,7 @@ def test_log_prob_is_the_change_of_variables(name):
 
 
 def test_score_is_the_gradient_of_log_prob(process, shape):
-    eps, t, x = batch(shape)
+    eps, t, x = batch(shape, process=process)
     point = process.path(eps, t, x)
     z = point.z.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(process.log_prob(z, t, x).sum(), z)
@@ -97,7 +99,7 @@ def test_score_is_the_gradient_of_log_prob(process, shape):
 
 
 def test_velocity_is_the_time_derivative_at_fixed_noise(process, shape):
-    eps, t, x = batch(shape)
+    eps, t, x = batch(shape, process=process)
     point = process.path(eps, t, x)
     torch.testing.assert_close(point.z, process.transform(eps, t, x))
     expected = central_difference(lambda time: process.transform(eps, time, x), t)
@@ -105,14 +107,14 @@ def test_velocity_is_the_time_derivative_at_fixed_noise(process, shape):
 
 
 def test_path_at_a_state_is_the_path_through_it(process, shape):
-    eps, t, x = batch(shape)
+    eps, t, x = batch(shape, process=process)
     point, again = process.path(eps, t, x), process.path_at(process.transform(eps, t, x), t, x)
     for name in ("z", "velocity", "score"):
         torch.testing.assert_close(getattr(point, name), getattr(again, name), rtol=1e-8, atol=1e-8)
 
 
 def test_closed_forms_equal_the_defaults_by_autodiff(process, shape):
-    eps, t, x = batch(shape)
+    eps, t, x = batch(shape, process=process)
     for closed, default in (
         (process.path(eps, t, x), Derived(process).path(eps, t, x)),
         (process.path_at(eps, t, x), Derived(process).path_at(eps, t, x)),
@@ -141,29 +143,39 @@ def test_default_prior_kl_estimates_the_divergence():
 
 
 def test_prior_kl_is_that_of_the_end_point(process, shape):
-    eps, _, x = batch(shape)
+    eps, _, x = batch(shape, process=process)
     end = torch.ones(4)
     zero = torch.zeros_like(eps)
     mean = process.transform(zero, end, x)
     std = process.transform(zero + 1, end, x) - mean
-    exact = kl_divergence(Independent(Normal(mean, std), len(shape)), Independent(Normal(zero, zero + 1), len(shape)))
+    start = process.prior(zero, process.split(x)[1])
+    prior = Normal(start, process.prior(zero + 1, process.split(x)[1]) - start)
+    exact = kl_divergence(Independent(Normal(mean, std), len(shape)), Independent(prior, len(shape)))
     torch.testing.assert_close(process.prior_kl(eps, x), exact, rtol=1e-7, atol=1e-9)
 
 
 def test_start_is_the_transform_at_zero_and_the_reference(process, shape):
-    eps, _, x = batch(shape)
+    eps, _, x = batch(shape, process=process)
     start = torch.zeros(4)
     torch.testing.assert_close(process.start(eps, x), process.transform(eps, start, x))
-    alpha, sigma = (expand_as_event(value, x) for value in process.reference(start))
-    torch.testing.assert_close(process.start(eps, x), alpha * x + sigma * eps)
+    alpha, sigma = (expand_as_event(value, eps) for value in process.reference(start))
+    target, source = process.split(x)
+    expected = alpha * target + process.offset(start, source) + sigma * eps
+    torch.testing.assert_close(process.start(eps, x), expected)
+    if source is not None:
+        torch.testing.assert_close(process.join(target, source), x)
 
 
-def test_nfdm_is_pinned_at_both_ends(shape):
-    process = PROCESSES["nfdm"](shape)
+@pytest.mark.parametrize("name", ["nfdm", "nfdm_ot", "separable", "flow_nfdm", "flow_affine", "bridge"])
+def test_pinned_at_both_ends_whatever_the_network(name, shape):
+    process = PROCESSES[name](shape)
     perturb(process, 1.0)
-    eps, _, x = batch(shape)
-    torch.testing.assert_close(process.transform(eps, torch.zeros(4), x), x + 0.01 * eps)
-    torch.testing.assert_close(process.transform(eps, torch.ones(4), x), eps)
+    eps, _, x = batch(shape, process=process)
+    target, source = process.split(x)
+    torch.testing.assert_close(process.transform(eps, torch.zeros(4), x), target + 0.01 * eps)
+    end = eps if source is None else source + 0.01 * eps
+    torch.testing.assert_close(process.transform(eps, torch.ones(4), x), end)
+    torch.testing.assert_close(process.prior(eps, source), end)
 
 
 def test_nfdm_log_std_is_bounded():
@@ -192,13 +204,15 @@ def test_zeroed_networks_give_the_fixed_process(shape):
         torch.testing.assert_close(getattr(ndm.path(eps, t, x), name), getattr(gaussian, name))
 
 
-@pytest.mark.parametrize("name", ["gaussian_learned", "ndm", "nfdm"])
+@pytest.mark.parametrize(
+    "name", [name for name in PROCESSES if name not in ("gaussian_vp", "gaussian_fm", "gaussian_cosine")]
+)
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 4)])
 def test_gradients_through_the_time_derivative(name, shape):
     """Against the double-backward form of the derivative, another algorithm, and it reaches every parameter."""
     process = PROCESSES[name](shape)
     perturb(process)
-    eps, t, x = batch(shape)
+    eps, t, x = batch(shape, process=process)
     weight = torch.randn(4, *shape, generator=torch.Generator().manual_seed(5))
     parameters = list(process.parameters())
     (process.path(eps, t, x).velocity * weight).sum().backward()
@@ -213,7 +227,7 @@ def test_gradients_through_the_time_derivative(name, shape):
 
 
 def test_a_time_derivative_is_taken_in_inference_mode_and_of_expanded_times(process, shape):
-    eps, _t, x = batch(shape)
+    eps, _t, x = batch(shape, process=process)
     expected = process.path(eps, torch.full((4,), 0.3), x).velocity
     with torch.inference_mode():
         got = process.path(eps, torch.tensor(0.3).expand(4), x)
@@ -278,14 +292,16 @@ def test_reference_volatility_of_nfdm():
 def test_transition_follows_the_conditional_reverse_sde(process_name):
     """The exact step against many Euler steps of the linear SDE of one x: mean and variance, and both at once marginally."""
     process = PROCESSES[process_name]((1,))
+    if not isinstance(process, AffineProcess):
+        pytest.skip("not a linear SDE")
     perturb(process)
-    x = torch.tensor([[0.7]])
+    x = data_for(process, torch.tensor([[0.7]]))
     reference = ReverseProcess(process, XPrediction(DataSpec((1,)), small_mlp), MatchedVolatility())
     begin, end, steps = 0.6, 0.3, 20_000
     times = torch.linspace(begin, end, steps + 1)
     middle = 0.5 * (times[:-1] + times[1:])
     with torch.no_grad():
-        rows = x.expand(steps, 1)
+        rows = x.expand(steps, *x.shape[1:])
         low, high = (
             drift(process.path_at(torch.full((steps, 1), value), middle, rows), reference.g2(middle))[:, 0]
             for value in (0.0, 1.0)
@@ -308,19 +324,49 @@ def test_transition_follows_the_conditional_reverse_sde(process_name):
     assert spread.item() == pytest.approx(variance.item(), rel=2e-3)
 
 
-def test_transition_keeps_the_marginals(process, shape):
-    """If z_t ~ q(z_t | x), then z_s ~ q(z_s | x) for any g: mean and variance are exact by construction of rho."""
-    _, t, x = batch(shape)
-    s = 0.5 * t
-    zero = torch.zeros_like(x)
-    mean_t = process.transform(zero, t, x)
-    std_t, std_s = (process.transform(zero + 1, u, x) - process.transform(zero, u, x) for u in (t, s))
-    for g2 in (torch.zeros(4), torch.full((4,), 0.3), process.reference_g2(t)):
-        base = process.transition(mean_t, t, s, x, g2, g2, zero)
-        torch.testing.assert_close(base, process.transform(zero, s, x))
-        carried = process.transition(mean_t + std_t, t, s, x, g2, g2, zero) - base
-        fresh = process.transition(mean_t, t, s, x, g2, g2, zero + 1) - base
-        torch.testing.assert_close(carried**2 + fresh**2, (std_s**2).expand_as(x))
+def test_transition_keeps_the_marginals_of_affine_processes(process, shape):
+    """If eps_t is standard normal so is eps_s, for any g: it is rho eps_t + r noise with rho^2 + r^2 = 1."""
+    eps, t, x = batch(shape, process=process)
+    noise, s, zero = eps.roll(1, 0), 0.5 * t, torch.zeros_like(eps)
+
+    def refreshed(state: Tensor, fresh: Tensor, g2: Tensor) -> Tensor:
+        return process.inverse(process.transition(process.transform(state, t, x), t, s, x, g2, g2, fresh), s, x)
+
+    still = torch.zeros(4)
+    torch.testing.assert_close(refreshed(eps, noise, still), eps)
+    if not isinstance(process, AffineProcess):
+        return
+    for g2 in (torch.full((4,), 0.3), process.reference_g2(t)):
+        torch.testing.assert_close(refreshed(zero, zero, g2), zero)
+        rho, fresh = refreshed(zero + 1, zero, g2), refreshed(zero, zero + 1, g2)
+        torch.testing.assert_close(rho**2 + fresh**2, zero + 1)
+        torch.testing.assert_close(refreshed(eps, noise, g2), rho * eps + fresh * noise)
+        assert (rho < 0.999).all()
+
+
+@pytest.mark.parametrize("name", [*PROCESSES, "derived", "sinh"])
+def test_a_small_transition_is_a_step_of_the_reverse_sde(name):
+    """Drift and covariance of z_s - z_t over dt, for any process: -(f - g^2 s / 2) and g^2, to first order."""
+    process = {"sinh": Sinh, "derived": lambda shape: Derived(PROCESSES["nfdm"](shape))}.get(name, PROCESSES.get(name))((2,))
+    perturb(process, 0.3)
+    eps, t, x = batch((2,), process=process)
+    g2, zero = 1.7 * process.reference_g2(t), torch.zeros_like(eps)
+    z = process.transform(eps, t, x)
+    errors = []
+    for dt in (1e-5, 1e-6):
+        s = t - dt
+
+        def step(noise: Tensor, s: Tensor = s) -> Tensor:
+            return process.transition(z, t, s, x, g2, 1.7 * process.reference_g2(s), noise)
+
+        with torch.no_grad():
+            mean, drawn = step(zero), step(eps.roll(1, 0))
+        expected = -drift(process.path_at(z, t, x), g2)
+        spread = expand_as_event(g2, z) ** 0.5 * eps.roll(1, 0)
+        errors.append((((mean - z) / dt - expected).norm() / expected.norm(), ((drawn - mean) / dt**0.5 - spread).norm()))
+    assert errors[1][0] < 0.2 * errors[0][0]
+    assert errors[1][0] < 0.01
+    assert errors[1][1] < 0.2 * errors[0][1]
 
 
 class _Bad(nn.Module):

@@ -10,18 +10,46 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nfdm_lightning.callbacks import EMA, NLL, HealthCheck, SampleGrid, Trajectories
-    from nfdm_lightning.data import DataModule, Digits, Files, Toy2D
+    from nfdm_lightning.data import DataModule, Digits, Files, Pairs, Toy2D
     from nfdm_lightning.module import NeuralDiffusion
     from nfdm_lightning.networks import ResidualMLP, UNet
-    from nfdm_lightning.processes import NDM, NFDM, AffineProcess, ForwardProcess, Gaussian
+    from nfdm_lightning.processes import (
+        NDM,
+        NFDM,
+        NFDMOT,
+        AffineProcess,
+        Bridge,
+        Curvature,
+        FlowNFDM,
+        ForwardProcess,
+        Gaussian,
+        MuLAN,
+        Obstacle,
+        Penalty,
+        SeparableNFDM,
+    )
     from nfdm_lightning.solvers import Adaptive, Ancestral, Euler, EulerMaruyama, Heun, TorchSDE
 
 _HOMES = {
     "callbacks": ("EMA", "NLL", "HealthCheck", "SampleGrid", "Trajectories"),
-    "data": ("DataModule", "Digits", "Files", "Toy2D"),
+    "data": ("DataModule", "Digits", "Files", "Pairs", "Toy2D"),
     "module": ("NeuralDiffusion",),
     "networks": ("ResidualMLP", "UNet"),
-    "processes": ("AffineProcess", "ForwardProcess", "Gaussian", "NDM", "NFDM"),
+    "processes": (
+        "NDM",
+        "NFDM",
+        "NFDMOT",
+        "AffineProcess",
+        "Bridge",
+        "Curvature",
+        "FlowNFDM",
+        "ForwardProcess",
+        "Gaussian",
+        "MuLAN",
+        "Obstacle",
+        "Penalty",
+        "SeparableNFDM",
+    ),
     "solvers": ("Adaptive", "Ancestral", "Euler", "EulerMaruyama", "Heun", "TorchSDE"),
 }
 
@@ -29,22 +57,31 @@ __all__ = [
     "EMA",
     "NDM",
     "NFDM",
+    "NFDMOT",
     "NLL",
     "Adaptive",
     "AffineProcess",
     "Ancestral",
+    "Bridge",
+    "Curvature",
     "DataModule",
     "Digits",
     "Euler",
     "EulerMaruyama",
     "Files",
+    "FlowNFDM",
     "ForwardProcess",
     "Gaussian",
     "HealthCheck",
     "Heun",
+    "MuLAN",
     "NeuralDiffusion",
+    "Obstacle",
+    "Pairs",
+    "Penalty",
     "ResidualMLP",
     "SampleGrid",
+    "SeparableNFDM",
     "TorchSDE",
     "Toy2D",
     "Trajectories",

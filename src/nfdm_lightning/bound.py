@@ -14,7 +14,6 @@ terms are given the source, and the bound is on -log p(x | source).
 import math
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from nfdm_lightning.decoder import Decoder
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.processes.base import AffineProcess, expand_as_event, sum_event
 from nfdm_lightning.reverse import ReverseProcess, drift
+from nfdm_lightning.seeding import mixed_seed
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,6 @@ def bits_per_dim(nats: Tensor, dimensions: int) -> Tensor:
     return nats / (dimensions * math.log(2))
 
 
-def mixed_seed(*parts: int) -> int:
-    """Returns a seed for torch's CPU generator, which uses 32 bits, that depends on every part."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
 def low_discrepancy_times(number: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     r"""Draws :math:`t_i = (u + i / B) \bmod 1` in random order, (number,): uniform each, spread out together.
 
@@ -78,9 +73,7 @@ def diffusion_loss(reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor) -
     return sum_event(difference**2 / (2 * expand_as_event(g2, difference))), at_x.z
 
 
-def discrete_diffusion_loss(
-    reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor, steps: int
-) -> tuple[Tensor, Tensor]:
+def discrete_diffusion_loss(reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     r"""Returns :math:`T\; KL(q(z_s \mid z_t, x) \,\|\, q(z_s \mid z_t, \hat x))` in nats, (B,), and the states z_t.
 
     One term of the sum over the T steps of the grid, times T: t, uniform in [0, 1), is moved to the end of its step, and

@@ -18,7 +18,7 @@ from nfdm_lightning import callbacks, networks
 from nfdm_lightning.data import DataModule, Distribution2D
 from nfdm_lightning.errors import NfdmError
 from nfdm_lightning.predictor import Predictor
-from nfdm_lightning.processes import ForwardProcess, Schedule
+from nfdm_lightning.processes import ConditionalFlow, ForwardProcess, Penalty, Schedule
 from nfdm_lightning.solvers import Solver
 from nfdm_lightning.volatility import Volatility
 
@@ -28,9 +28,13 @@ _BASES: dict[str, type] = {
     "predictor": Predictor,
     "volatility": Volatility,
     "schedule": Schedule,
+    "flow": ConditionalFlow,
+    "penalties": Penalty,
     "distribution": Distribution2D,
     "solver": Solver,
     "data": DataModule,
+    "target": DataModule,
+    "source": DataModule,
 }
 _LINKED = {"model.shape", "model.levels", "model.data_std"}  # filled in from the data
 _OF_THE_PARSER = {"help", "config", "print_config", "print_shtab"}

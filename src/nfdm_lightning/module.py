@@ -12,13 +12,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from nfdm_lightning.bound import BoundTerms, Draws, bits_per_dim, mixed_seed, random_draws, variational_bound
+from nfdm_lightning.bound import BoundTerms, Draws, bits_per_dim, random_draws, variational_bound
 from nfdm_lightning.decoder import Decoder, DiscreteDecoder, GaussianDecoder
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.predictor import DataSpec, Predictor, XPrediction
 from nfdm_lightning.processes import NFDM, ForwardProcess, Penalty
 from nfdm_lightning.processes.base import Shape
 from nfdm_lightning.reverse import ReverseProcess
+from nfdm_lightning.seeding import mixed_seed
 from nfdm_lightning.solvers import Ancestral, Solution, Solver
 from nfdm_lightning.volatility import LearnedVolatility, Volatility
 
@@ -227,7 +228,7 @@ class NeuralDiffusion(LightningModule):
             if source.shape != (number, *self.reverse.shape):
                 expected = (number, *self.reverse.shape)
                 raise ConfigError(f"the source samples have shape {tuple(source.shape)}; {expected} was expected")
-            source = source.to(self.device, self.dtype)
+            source = source.to(next(self.parameters()))
         reverse = self.reverse.given(source)
         z = reverse.prior(number, generator)
         solution = (solver or Ancestral()).solve(reverse, z, generator, trajectory)

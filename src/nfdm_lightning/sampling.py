@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from nfdm_lightning import pictures
 from nfdm_lightning.cli_errors import Parser
+from nfdm_lightning.data import DataModule
 from nfdm_lightning.errors import CheckpointError, ConfigError
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.solvers import Solver
@@ -46,6 +48,7 @@ def sample(
     out: str | None = None,
     trajectories: bool = False,
     device: str = "auto",
+    source: DataModule | None = None,
 ) -> None:
     """Draws samples from a checkpoint, with its averaged weights.
 
@@ -61,6 +64,8 @@ def sample(
         out: output folder; "samples" beside the folder of the checkpoint by default.
         trajectories: whether to draw trajectories.png too.
         device: cpu, cuda, ... or auto.
+        source: for a bridge, the data to start from: Pairs (its sources) or any other data set; the test split. By default
+            the data of the run's config.yaml.
     """
     if number < 1 or batch_size < 1:
         raise ConfigError(f"number={number} and batch_size={batch_size} must be at least 1")
@@ -72,18 +77,22 @@ def sample(
         raise ConfigError(f"--device={device} cannot be used here ({str(error).splitlines()[0]})") from None
     folder = Path(out) if out is not None else Path(ckpt_path).parent.parent / "samples"
     generator = torch.Generator().manual_seed(seed)
+    sources = _sources(model, source, Path(ckpt_path), number)
     parts: list[Tensor] = []
     solution = None
     for begin in range(0, number, batch_size):
         count = min(batch_size, number - begin)
-        samples, solution = model.sample(count, solver, generator, trajectory=trajectories and begin == 0)
+        given = None if sources is None else sources[begin : begin + count]
+        samples, solution = model.sample(count, solver, generator, trajectories and begin == 0, given)
         parts.append(samples.cpu())
         if trajectories and begin == 0:
             title = f"{type(model.reverse.process).__name__}: {type(solver).__name__}, {solution.nfe} evaluations"
-            pixels = pictures.trajectories(solution.times, solution.trajectory, title)
+            start = "prior" if given is None else "source"
+            pixels = pictures.trajectories(solution.times, solution.trajectory, title, start)
             pictures.save_png(pixels, folder / "trajectories.png")
     drawn = torch.cat(parts)
-    pictures.save_png(pictures.sample_grid(drawn[:1024]), folder / "samples.png")
+    shown = None if sources is None else sources[:1024]
+    pictures.save_png(pictures.sample_grid(drawn[:1024], sources=shown), folder / "samples.png")
     levels = model.hparams["levels"]
     array = (drawn.float() if levels is None else to_levels(drawn, levels)).numpy()
     partial = folder / "samples.npy.partial"
@@ -92,6 +101,25 @@ def sample(
     partial.replace(folder / "samples.npy")
     assert solution is not None
     print(f"{number} samples by {type(solver).__name__}, {solution.nfe} function evaluations each: {folder}")
+
+
+def _sources(model: NeuralDiffusion, data: DataModule | None, ckpt_path: Path, number: int) -> Tensor | None:
+    """Returns the samples that a bridge starts from, or None for a model that starts from noise."""
+    name = type(model.reverse.process).__name__
+    if not model.reverse.process.takes_source:
+        if data is not None:
+            raise ConfigError(f"--source: {name} is not a bridge, it starts from noise")
+        return None
+    if data is None:
+        config = ckpt_path.parent.parent / "config.yaml"
+        if not config.is_file():
+            raise ConfigError(f"{name} is a bridge: give the data to start from with --source=, as there is no {config}")
+        parser = Parser()
+        parser.add_subclass_arguments(DataModule, "data")
+        stored = yaml.safe_load(config.read_text())["data"]
+        data = parser.instantiate(parser.parse_object({"data": stored})).data
+    assert isinstance(data, DataModule)
+    return data.sources(number)
 
 
 def sample_parser(**kwargs: Any) -> Parser:

@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from nfdm_lightning import pictures
+from nfdm_lightning.data import DataModule
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.solvers import Ancestral, Heun, Solver
@@ -27,7 +29,7 @@ class _Picture(Callback, abc.ABC):
         self.number, self.solver, self.every_n_epochs, self.seed = number, solver, every_n_epochs, seed
 
     @abc.abstractmethod
-    def draw(self, model: NeuralDiffusion, generator: torch.Generator) -> np.ndarray:
+    def draw(self, model: NeuralDiffusion, generator: torch.Generator, source: Tensor | None) -> np.ndarray:
         """Returns the pixels."""
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, suffix: str) -> None:
@@ -35,12 +37,22 @@ class _Picture(Callback, abc.ABC):
         log_dir = trainer.log_dir  # asked for by every rank: it is broadcast
         if not trainer.is_global_zero:
             return
-        pixels = self.draw(pl_module, torch.Generator().manual_seed(self.seed))
+        pixels = self.draw(pl_module, torch.Generator().manual_seed(self.seed), self._source(trainer, pl_module))
         folder = Path(log_dir or trainer.default_root_dir) / "pictures"
         pictures.save_png(pixels, folder / f"{self.name}_{suffix}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(self.name, pixels, trainer.global_step, dataformats="HWC")
+
+    def _source(self, trainer: Trainer, model: NeuralDiffusion) -> Tensor | None:
+        if not model.reverse.process.takes_source:
+            return None
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, DataModule):
+            raise ConfigError(
+                f"{type(self).__name__} draws a bridge from its source samples: train it on a Pairs DataModule"
+            )
+        return data.sources(self.number, "val")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
@@ -65,9 +77,9 @@ class SampleGrid(_Picture):
     def __init__(self, number: int = 64, solver: Solver | None = None, every_n_epochs: int = 1, seed: int = 0) -> None:
         super().__init__(number, solver or Ancestral(), every_n_epochs, seed)
 
-    def draw(self, model: NeuralDiffusion, generator: torch.Generator) -> np.ndarray:
-        samples, _ = model.sample(self.number, self.solver, generator)
-        return pictures.sample_grid(samples)
+    def draw(self, model: NeuralDiffusion, generator: torch.Generator, source: Tensor | None) -> np.ndarray:
+        samples, _ = model.sample(self.number, self.solver, generator, source=source)
+        return pictures.sample_grid(samples, sources=source)
 
 
 class Trajectories(_Picture):
@@ -85,7 +97,8 @@ class Trajectories(_Picture):
     def __init__(self, number: int = 200, solver: Solver | None = None, every_n_epochs: int = 1, seed: int = 0) -> None:
         super().__init__(number, solver or Heun(), every_n_epochs, seed)
 
-    def draw(self, model: NeuralDiffusion, generator: torch.Generator) -> np.ndarray:
-        _, solution = model.sample(self.number, self.solver, generator, trajectory=True)
+    def draw(self, model: NeuralDiffusion, generator: torch.Generator, source: Tensor | None) -> np.ndarray:
+        _, solution = model.sample(self.number, self.solver, generator, trajectory=True, source=source)
         process, solver = type(model.reverse.process).__name__, type(self.solver).__name__
-        return pictures.trajectories(solution.times, solution.trajectory, f"{process}: {solver}, {solution.nfe} evaluations")
+        title, start = f"{process}: {solver}, {solution.nfe} evaluations", "prior" if source is None else "source"
+        return pictures.trajectories(solution.times, solution.trajectory, title, start)

@@ -3,7 +3,9 @@
 from nfdm_lightning.data.base import DataModule
 from nfdm_lightning.data.digits import Digits
 from nfdm_lightning.data.files import Files
+from nfdm_lightning.data.pairs import Pairs
 from nfdm_lightning.data.toy2d import (
+    Blob,
     Checkerboard,
     Density2D,
     Distribution2D,
@@ -14,6 +16,7 @@ from nfdm_lightning.data.toy2d import (
 )
 
 __all__ = [
+    "Blob",
     "Checkerboard",
     "DataModule",
     "Density2D",
@@ -21,6 +24,7 @@ __all__ = [
     "Distribution2D",
     "EightGaussians",
     "Files",
+    "Pairs",
     "Pinwheel",
     "Toy2D",
     "TwoMoons",

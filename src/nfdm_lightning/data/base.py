@@ -29,18 +29,23 @@ class ArrayDataset(Dataset[Tensor]):
         return self.array[torch.as_tensor(indices)]
 
 
-class _EpochSampler(DistributedSampler[Any]):
+class EpochSampler(DistributedSampler[Any]):
     """Shuffles by (seed, epoch) and starts at a given position of this rank's part."""
 
     begin = 0
 
+    def indices(self) -> list[int]:
+        """Returns the whole epoch of this rank."""
+        return list(super().__iter__())
+
     def __iter__(self) -> Iterator[int]:
-        yield from list(super().__iter__())[self.begin :]
+        yield from self.indices()[self.begin :]
 
     def set_epoch(self, epoch: int) -> None:
         """Ignores the trainer's epoch, set after the iterator exists: the loader keeps its own."""
 
     def seek(self, epoch: int, begin: int) -> None:
+        """Goes to a place in an epoch."""
         self.epoch, self.begin = epoch, begin
 
 
@@ -84,7 +89,7 @@ class ResumableLoader(DataLoader[Tensor]):
         if self._used:  # the trainer may make an iterator twice before it takes a batch: that is no new epoch
             self._epoch, self._batch, self._used = self._epoch + 1, 0, False
         assert self.batch_size is not None
-        if isinstance(self.sampler, _EpochSampler):  # overfit_batches puts another in its place
+        if isinstance(self.sampler, EpochSampler):  # overfit_batches puts another in its place
             self.sampler.seek(self._epoch, self._batch * self.batch_size)
         iterator = super().__iter__()
 
@@ -104,7 +109,7 @@ class DataModule(LightningDataModule, abc.ABC):
     """Base of the DataModules: a subclass says what the data is, :attr:`shape`, :attr:`levels`, :attr:`data_std` and
     :meth:`arrays`.
 
-    A batch is one tensor: of bytes, (B, *event), for data of discrete levels, normalised to [-1, 1] on the device, or of
+    A batch is one tensor: of levels, (B, *event), for data of discrete levels, normalised to [-1, 1] on the device, or of
     floats, as they are.
 
     Args:
@@ -155,19 +160,35 @@ class DataModule(LightningDataModule, abc.ABC):
         if not hasattr(self, "_splits"):
             self._splits = self.arrays()
 
+    def raw(self, name: str) -> Tensor:
+        """Returns a split as it is kept, (N, *event): levels or floats."""
+        self.setup()
+        return self._splits[name]
+
     def split(self, name: str) -> Tensor:
         """Returns a split as normalised floats, (N, *event)."""
-        self.setup()
-        return self.normalise(self._splits[name])
+        return self.normalise(self.raw(name))
+
+    def sources(self, number: int, split: str = "test") -> Tensor:
+        """Returns samples for a bridge to start from, (number, *event): the first of a split, repeated if it is short."""
+        samples = self.raw(split)
+        return self.normalise(samples[torch.arange(number) % len(samples)])
+
+    def train_dataset(self) -> Dataset[Tensor]:
+        """Returns the training samples."""
+        return ArrayDataset(self.raw("train"))
+
+    def train_sampler(self, data: Dataset[Tensor], **settings: Any) -> EpochSampler:
+        """Returns the order of the training samples; the settings are those of torch's DistributedSampler."""
+        return EpochSampler(data, **settings)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
     def train_dataloader(self) -> ResumableLoader:
         """Returns the shuffled training batches of this rank; the last, incomplete batch is left out."""
-        self.setup()
-        data, (replicas, rank) = ArrayDataset(self._splits["train"]), self._ranks()
-        sampler = _EpochSampler(data, num_replicas=replicas, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
+        data, (replicas, rank) = self.train_dataset(), self._ranks()
+        sampler = self.train_sampler(data, num_replicas=replicas, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
         if len(sampler) < self.batch_size:
             raise ConfigError(
                 f"data.batch_size={self.batch_size} is more than the {len(sampler)} training samples of a process: "
@@ -186,8 +207,7 @@ class DataModule(LightningDataModule, abc.ABC):
         return loader
 
     def _eval_dataloader(self, split: str) -> DataLoader[Tensor]:
-        self.setup()
-        array, (replicas, rank) = self._splits[split], self._ranks()
+        array, (replicas, rank) = self.raw(split), self._ranks()
         if len(array) < replicas:
             raise ConfigError(f"the {split} split has {len(array)} samples, fewer than the {replicas} processes")
         data = ArrayDataset(array)

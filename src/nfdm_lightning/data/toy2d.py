@@ -59,6 +59,27 @@ class EightGaussians(Density2D):
         return torch.logsumexp(-0.5 * distance / self.std**2, 1) - math.log(8 * 2 * math.pi * self.std**2)
 
 
+class Blob(Density2D):
+    """One round Gaussian.
+
+    Args:
+        centre: its mean.
+        std: its standard deviation.
+    """
+
+    def __init__(self, centre: tuple[float, float] = (0.0, 0.0), std: float = 0.5) -> None:
+        self.centre, self.std = torch.tensor(centre, dtype=torch.float64), std
+        self.data_std = math.sqrt(std**2 + float((self.centre**2).mean()))
+
+    def sample(self, number: int, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(number, 2, generator=generator, dtype=torch.float64)
+        return (self.centre + self.std * noise).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        distance = ((x - self.centre.to(x)) ** 2).sum(-1)
+        return -0.5 * distance / self.std**2 - math.log(2 * math.pi * self.std**2)
+
+
 class TwoMoons(Distribution2D):
     """scikit-learn's two moons with noise 0.05, centred and scaled to unit size.
 
@@ -121,7 +142,7 @@ class Toy2D(DataModule):
     """Draws of a distribution over the plane: continuous data, so use a Gaussian decoder.
 
     Args:
-        distribution: EightGaussians, TwoMoons, Checkerboard or Pinwheel, or a Distribution2D of your own.
+        distribution: EightGaussians, TwoMoons, Checkerboard, Pinwheel or Blob, or a Distribution2D of your own.
         train_size: training samples.
         eval_size: samples of the validation and of the test split, each.
         batch_size: samples per step and process.

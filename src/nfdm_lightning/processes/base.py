@@ -213,7 +213,7 @@ class ForwardProcess(nn.Module, abc.ABC):
 
         At fixed x, eps is an Ornstein-Uhlenbeck process. The integral is exact for the reference path and its own g;
         another g or std multiplies it by the mean of its values at the two ends. So a fixed Gaussian process with its
-        matched g has :math:`\rho = \alpha_t \sigma_s / (\alpha_s \sigma_t)`, DDPM's choice.
+        matched g has :math:`\rho = \alpha_t \sigma_s / (\alpha_s \sigma_t)`, DDPM's choice, while alpha is above 0.05.
 
         Args:
             t: the later time, (B,).
@@ -231,16 +231,27 @@ class ForwardProcess(nn.Module, abc.ABC):
         ]
         return -0.5 * exact * (share[0] + share[1])
 
-    def transition(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor, noise: Tensor) -> Tensor:
-        r"""Returns z_s given z_t, s <= t, by the reverse SDE of one fixed x, see :meth:`log_refresh`.
+    def typical_std(self, t: Tensor, x: Tensor) -> Tensor:
+        """Returns a scale of q(z_t | x), broadcastable, for :meth:`transition`: that of the reference by default."""
+        return expand_as_event(self.reference(t)[1], self.split(x)[0])
 
-        With g = 0 it is the exact ODE step of that x (DDIM for Gaussian paths). For a process that is not affine the noise
-        is refreshed in eps, at the rate that the reference path has.
+    def transition(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor, noise: Tensor) -> Tensor:
+        r"""Returns z_s given z_t, s <= t, by the reverse SDE of one fixed x.
+
+        First the exact ODE step of that x, then the noise and the score that balances it, with the rho of
+        :meth:`log_refresh` (derived):
+
+        .. math:: z_s = y + (1 - \rho)\,\text{std}_s^2\, s(y, s, x) + \text{std}_s \sqrt{1 - \rho^2}\; \text{noise},
+            \qquad y = F(F^{-1}(z_t, t, x), s, x)
+
+        Where q(z_s | x) is Gaussian with that std the step is exact, else it is of first order. With g = 0 it is the ODE
+        step (DDIM for Gaussian paths).
         """
-        std_t, std_s = (expand_as_event(self.reference(u)[1], z) for u in (t, s))
+        std_t, std_s = self.typical_std(t, x), self.typical_std(s, x)
         log_rho = self.log_refresh(t, s, g2_t, g2_s, std_t, std_s, z)
-        eps = log_rho.exp() * self.inverse(z, t, x) + (-torch.expm1(2 * log_rho)).sqrt() * noise
-        return self.transform(eps, s, x)
+        y = self.transform(self.inverse(z, t, x), s, x)
+        spread = (-torch.expm1(2 * log_rho)).sqrt()
+        return y - torch.expm1(log_rho) * std_s**2 * self._score(y, s, x) + std_s * spread * noise
 
 
 class AffineProcess(ForwardProcess):
@@ -283,9 +294,7 @@ class AffineProcess(ForwardProcess):
         eps = (z - at.mean) / at.std
         return PathPoint(z, at.mean_dt + at.std_dt * eps, -eps / at.std)
 
-    def posterior(
-        self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def posterior(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor) -> tuple[Tensor, Tensor]:
         r"""Returns mean and std, (B, *event), of the discrete-time posterior :math:`q(z_s \mid z_t, x)`, s < t.
 
         .. math:: \text{mean}_s + \rho\, \text{std}_s\, \frac{z_t - \text{mean}_t}{\text{std}_t}, \qquad
@@ -299,9 +308,7 @@ class AffineProcess(ForwardProcess):
         mean = mean_s + std_s * log_rho.exp() * (z - mean_t) / std_t
         return mean, (std_s * (-torch.expm1(2 * log_rho)).sqrt()).expand_as(z)
 
-    def posterior_kl(
-        self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, x_hat: Tensor, g2_t: Tensor, g2_s: Tensor
-    ) -> Tensor:
+    def posterior_kl(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, x_hat: Tensor, g2_t: Tensor, g2_s: Tensor) -> Tensor:
         r"""Returns :math:`KL(q(z_s \mid z_t, x) \,\|\, q(z_s \mid z_t, \hat x))` in nats, (B,).
 
         Summed over the steps of a grid it is the diffusion term in discrete time; T times one step tends to the continuous

@@ -15,7 +15,8 @@ from nfdm_lightning.processes.nfdm import NFDM
 class FlowNFDM(ForwardProcess):
     r"""Neural Flow Diffusion Model in its full generality: F is a normalising flow in eps given (x, t).
 
-    .. math:: z_t = \text{mean}(t, x) + \text{std}(t, x)\, G(\varepsilon; t, x), \qquad G = \text{id at } t = 0 \text{ and } t = 1
+    .. math:: z_t = \text{mean}(t, x) + \text{std}(t, x)\, G(\varepsilon; t, x), \qquad
+        G = \text{id at } t = 0 \text{ and } t = 1
 
     mean and std are NFDM's. With q(z_0 | x) = N(x, delta^2 I) and q(z_1 | x) = N(0, I) it is pinned at both ends as NFDM is,
     while q(z_t | x) between them may have several modes. (NFDM, arXiv 2404.12940, section 3; the flow is our choice.)
@@ -53,6 +54,9 @@ class FlowNFDM(ForwardProcess):
         eps, log_det = self.flow.inverse((z - mean) / std, t, x)
         log_std = torch.log(std).expand_as(z)
         return sum_event(-0.5 * eps**2 - 0.5 * math.log(2 * math.pi) - log_std) - log_det
+
+    def typical_std(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.affine.moments(t, x)[1]
 
     def start(self, eps: Tensor, x: Tensor) -> Tensor:
         return x + self.delta * eps  # pinned: needs no network

@@ -6,6 +6,7 @@ that its networks put out is multiplied by t(1 - t).
 
 import abc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class SplineCoupling(ConditionalFlow):
         size = self.shape[0]
         return (torch.arange(size) + layer) % 2 == 0 if size > 1 else torch.zeros(1, dtype=torch.bool)
 
-    def _layers(self, t: Tensor, x: Tensor) -> list:
+    def _layers(self, t: Tensor, x: Tensor) -> list[Any]:
         from zuko.transforms import CouplingTransform, DependentTransform, MonotonicRQSTransform
 
         time = t * (1 - t)
@@ -101,10 +102,11 @@ class SplineCoupling(ConditionalFlow):
 class AffineCoupling(ConditionalFlow):
     r"""Affine coupling layers with bounded scales on squeezed images (Real NVP, arXiv 1605.08803); for images and vectors.
 
-    .. math:: u_b = \varepsilon_b \exp\big(t(1-t)\, c \tanh(r / c)\big) + t(1-t)\, h, \qquad (r, h) = n\big((x, \varepsilon_a), t\big)
+    .. math:: u_b = \varepsilon_b \exp\big(t(1-t)\, c \tanh(r / c)\big) + t(1-t)\, h,
+        \qquad (r, h) = n\big((x, \varepsilon_a), t\big)
 
-    Images are squeezed, (C, H, W) to (4C, H/2, W/2). Layers take turns with the halves of the channels, split in two ways: by
-    place within the 2x2 blocks (a checkerboard), and by rows.
+    Images are squeezed, (C, H, W) to (4C, H/2, W/2). Layers take turns with the halves of the channels, split in two ways:
+    by place within the 2x2 blocks (a checkerboard), and by rows.
 
     Args:
         shape: event shape, (C, H, W) with even H and W, or (D,).

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ from nfdm_lightning.processes.base import sum_event
 
 if TYPE_CHECKING:  # a penalty is handed the model; it does not need to know its class
     from nfdm_lightning.reverse import ReverseProcess
+
+
+class Velocity(Protocol):
+    """Anything with a velocity."""
+
+    def velocity(self, z: Tensor, t: Tensor) -> Tensor:
+        """Returns dz/dt, (B, *event)."""
+        ...
 
 
 class Penalty(abc.ABC):
@@ -77,11 +85,13 @@ class Curvature(Penalty):
         return sum_event(acceleration(reverse, z, t) ** 2)
 
 
-def acceleration(reverse: ReverseProcess, z: Tensor, t: Tensor) -> Tensor:
-    r"""Returns :math:`\partial_t f + (\partial_z f) f`, (B, *event), for the model's velocity f(z, t)."""
-    direction = reverse.velocity(z, t)
-    _, derivative = torch.func.jvp(reverse.velocity, (z, t.contiguous()), (direction, torch.ones_like(t)))
-    return derivative
+def acceleration(model: Velocity, z: Tensor, t: Tensor) -> Tensor:
+    r"""Returns :math:`\partial_t f + (\partial_z f) f`, (B, *event), for the velocity f(z, t) of a model."""
+    direction = model.velocity(z, t)
+    wanted = torch.is_grad_enabled()
+    with torch.enable_grad():  # without it torch has no second forward-mode derivative of SiLU
+        derivative = torch.func.jvp(model.velocity, (z, t.contiguous()), (direction, torch.ones_like(t)))[1]
+    return derivative if wanted else derivative.detach()
 
 
 class Obstacle(Penalty):

@@ -55,6 +55,7 @@ def compare(run: Callable[[str, int], dict[str, float]], plugins: list[str], see
     for seed in range(seeds):
         for plugin, done in runs.items():
             done.append({"seed": seed, **run(plugin, seed)})
+            print(f"done: {plugin} {json.dumps(done[-1])}", file=sys.stderr, flush=True)  # a run is not lost with the rest
     table: dict[str, Any] = {}
     for plugin, done in runs.items():
         columns = {name: [one[name] for one in done] for name in done[0] if name != "seed"}

@@ -23,6 +23,7 @@ def test_there_are_configurations():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_configuration_trains_measures_and_samples(path: Path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nfdm_lightning.solvers._check_budget", lambda nfe, per_step=1: 2)  # pictures of two steps
     args = ["--config", str(path), "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     few = ["--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1", "--nll.draws=1", "--nll.test_draws=1"]
     few += ["--data.eval_batch_size=16"]

@@ -109,6 +109,7 @@ def test_velocity_is_the_time_derivative_at_fixed_noise(process, shape):
 def test_path_at_a_state_is_the_path_through_it(process, shape):
     eps, t, x = batch(shape, process=process)
     point, again = process.path(eps, t, x), process.path_at(process.transform(eps, t, x), t, x)
+    torch.testing.assert_close(process.velocity_at(point.z, t, x), point.velocity, rtol=1e-8, atol=1e-8)
     for name in ("z", "velocity", "score"):
         torch.testing.assert_close(getattr(point, name), getattr(again, name), rtol=1e-8, atol=1e-8)
 

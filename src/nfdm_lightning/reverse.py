@@ -92,7 +92,7 @@ class ReverseProcess(nn.Module):
 
     def velocity(self, z: Tensor, t: Tensor) -> Tensor:
         """Returns the drift of the model's ODE, (B, *event)."""
-        return self.point(z, t).velocity
+        return self.process.velocity_at(z, t, self.x_hat(z, t))
 
     def drift(self, z: Tensor, t: Tensor, stochasticity: float = 1.0) -> Tensor:
         r"""Returns :math:`f - \tfrac12 \eta^2 g^2 s` at x_hat, (B, *event): the drift of the SDE with noise :math:`\eta\,g`.

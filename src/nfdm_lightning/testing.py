@@ -25,13 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nfdm_lightning.errors import ConfigError
-from nfdm_lightning.processes.base import ForwardProcess, PathPoint, expand_as_event, sum_event
+from nfdm_lightning.processes.base import AffineProcess, ForwardProcess, PathPoint, expand_as_event, sum_event
 from nfdm_lightning.reverse import check_time_differentiable
 
 MAX_DIMENSIONS = 256
 MAX_SAMPLES = 4
 
 _Outputs = dict[str, Tensor]
+_Computations = Iterator[tuple[str, Callable[[], Any]]]
+_Source = Callable[[ForwardProcess, Tensor, Tensor, Tensor, Tensor], _Computations]
 _STEPS = (1e-5, 1e-6, 1e-4)  # of finite differences: a kink within one of them is not within all
 
 
@@ -113,7 +115,7 @@ class _Case:
     def noise(self, *shape: int, stream: int = 0) -> Tensor:
         """Draws from N(0, I); every stream is another draw, the same in every call."""
         generator = torch.Generator().manual_seed(self.seed * 1000 + stream + 1)
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def repeated(self, times: int, stream: int) -> "_Case":
         """Every sample many times, with fresh noise."""
@@ -145,7 +147,8 @@ def _examine(process: ForwardProcess, x: Tensor, seed: int) -> tuple[list[Findin
         try:
             case = _prepare(process, x, seed)
         except Exception as error:
-            return [Finding("basics", f"copying and moving the process {_raised(error)}")], [one.name for one in _CHECKS[1:]]
+            found = [Finding("basics", f"copying the process and moving it to float64 {_raised(error)}")]
+            return found, [one.name for one in _CHECKS[1:]]
         failed: set[str] = set()
         for check in _CHECKS:
             if failed & set(check.needs):
@@ -244,17 +247,17 @@ def _move(module: nn.Module, seed: int) -> None:
             scale = 0.1 if size == 0 else min(0.1, 0.3 * size)
             if parameter.ndim >= 2:
                 scale = 0.5 / math.sqrt(parameter[0].numel())
-            parameter += scale * noise.to(parameter.dtype)
+            parameter.add_(scale * noise.to(parameter.dtype))
 
 
 # --- comparing, and saying what is wrong
 
 
-def _off(got: Tensor, expected: Tensor) -> float:
-    """Returns the largest relative difference of a sample; infinite if there is a NaN."""
+def _off(got: Tensor, expected: Tensor, floor: float = 1e-8) -> float:
+    """Returns the largest relative difference of a sample, whose size counts as no less than ``floor``; infinite for NaN."""
     got, expected = got.detach().flatten(1), expected.detach().flatten(1)
     norms = expected.norm(dim=1)
-    scale = norms + 0.1 * norms.pow(2).mean().sqrt() + 1e-8
+    scale = norms.maximum(0.1 * norms.pow(2).mean().sqrt()).clamp_min(floor)
     worst = ((got - expected).norm(dim=1) / scale).max().item()
     return worst if math.isfinite(worst) else math.inf
 
@@ -318,18 +321,16 @@ def _moments(case: _Case, t: Tensor) -> _Probe:
 # --- the checks
 
 
-def _core(process: ForwardProcess, eps: Tensor, t: Tensor, x: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _core(process: ForwardProcess, eps: Tensor, z: Tensor, t: Tensor, x: Tensor) -> _Computations:
     """The outputs that every process has to have."""
-    z = process.transform(eps, t, x).detach()
     yield "transform", lambda: process.transform(eps, t, x)
     yield "inverse", lambda: process.inverse(z, t, x)
     yield "log_prob", lambda: process.log_prob(z, t, x)
     yield "path", lambda: process.path(eps, t, x)
 
 
-def _derived(process: ForwardProcess, eps: Tensor, t: Tensor, x: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _derived(process: ForwardProcess, eps: Tensor, z: Tensor, t: Tensor, x: Tensor) -> _Computations:
     """Those that follow from them, and may be overridden."""
-    z = process.transform(eps, t, x).detach()
     yield "path_at", lambda: process.path_at(z, t, x)
     yield "start", lambda: process.start(eps, x)
     yield "prior_kl", lambda: process.prior_kl(eps, x)
@@ -337,11 +338,8 @@ def _derived(process: ForwardProcess, eps: Tensor, t: Tensor, x: Tensor) -> Iter
     yield "reference_g2", lambda: process.reference_g2(t)
 
 
-_Source = Callable[[ForwardProcess, Tensor, Tensor, Tensor], Iterator[tuple[str, Callable[[], Any]]]]
-
-
-def _all(process: ForwardProcess, eps: Tensor, t: Tensor, x: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
-    return itertools.chain(_core(process, eps, t, x), _derived(process, eps, t, x))
+def _all(process: ForwardProcess, eps: Tensor, z: Tensor, t: Tensor, x: Tensor) -> _Computations:
+    return itertools.chain(_core(process, eps, z, t, x), _derived(process, eps, z, t, x))
 
 
 def _named(name: str, value: Any) -> _Outputs:
@@ -354,7 +352,8 @@ def _named(name: str, value: Any) -> _Outputs:
 
 def _outputs(source: _Source, process: ForwardProcess, eps: Tensor, t: Tensor, x: Tensor) -> _Outputs:
     result: _Outputs = {}
-    for name, compute in source(process, eps, t, x):
+    z = process.transform(eps, t, x).detach()
+    for name, compute in source(process, eps, z, t, x):
         result.update(_named(name, compute()))
     return result
 
@@ -470,7 +469,7 @@ def _dtype(case: _Case) -> Iterator[str]:
     if wrong:
         yield f"{', '.join(wrong)} come in {rough[wrong[0]].dtype} for inputs in float32: use x.dtype, never a dtype by name"
         return
-    offs = {name: _off(value[:, None].double(), exact[name][:, None]) for name, value in rough.items()}
+    offs = {name: _off(value[:, None].double(), exact[name][:, None], 0.1) for name, value in rough.items()}
     wrong = [name for name, off in offs.items() if off > 0.02]
     if wrong:
         yield (
@@ -499,8 +498,8 @@ def _precision(case: _Case) -> Iterator[str]:
         off = ((fine - coarse).norm() / (coarse.norm() + 1e-8)).item()
         if off > 0.05:
             yield (
-                f"transform answers a change of 1e-9 in {name} wrongly, by {_percent(off)}: somewhere it computes in float32 "
-                "although its inputs are in float64 (.float(), a float32 constant); use the dtype of the input"
+                f"transform answers a change of 1e-9 in {name} wrongly, by {_percent(off)}: it computes in float32 "
+                "for inputs in float64 (.float(), a float32 constant); use the dtype of the input"
             )
             return
 
@@ -527,21 +526,18 @@ def _device(case: _Case) -> Iterator[str]:
     advice = "create it on the device of the input, as x.new_zeros does, or register it as a buffer"
     mixing: dict[str, list[str]] = {}
     with _OneDevice():
-        for source in (_core, _derived):
-            # control flow on values, which meta tensors do not have, is no fault
-            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, TypeError):
-                for name, compute in source(process, eps, t, x):
-                    try:
-                        value = compute()
-                    except _MixedDevicesError as error:
-                        mixing.setdefault(str(error), []).append(name)
-                    except Exception as error:
-                        if _fault_of(error, "") == "device":
-                            mixing.setdefault(str(error).splitlines()[0], []).append(name)
-                    else:
-                        stray = [key for key, one in _named(name, value).items() if one.device.type != "meta"]
-                        if stray:
-                            mixing.setdefault("the result stays on the CPU", []).extend(stray)
+        for name, compute in _all(process, eps, eps, t, x):
+            try:
+                value = compute()
+            except _MixedDevicesError as error:
+                mixing.setdefault(str(error), []).append(name)
+            except Exception as error:  # most are control flow on values, which meta tensors do not have: no fault
+                if _fault_of(error, "") == "device":
+                    mixing.setdefault(_raised(error), []).append(name)
+            else:
+                stray = [key for key, one in _named(name, value).items() if one.device.type != "meta"]
+                if stray:
+                    mixing.setdefault("the result stays there", []).extend(stray)
     if mixing:
         names = dict.fromkeys(itertools.chain(*mixing.values()))
         yield f"{', '.join(names)} use a tensor that is on the CPU wherever the process is: {advice} ({next(iter(mixing))})"
@@ -569,16 +565,19 @@ def _plain_tensors(value: Any) -> bool:
     return any(_plain_tensors(one) for one in value)
 
 
-def _state(case: _Case) -> Iterator[str]:
+def _attributes(case: _Case) -> Iterator[str]:
     for path, module in case.process.named_modules():
         registered = ("_parameters", "_buffers", "_modules")
         for name, value in vars(module).items():
             if name not in registered and _plain_tensors(value):
                 full = f"{path}.{name}" if path else name
                 yield (
-                    f"{full} holds tensors as a plain attribute: they are neither saved, nor trained, nor moved to a device; "
+                    f"{full} holds tensors as a plain attribute: they are not saved, trained or moved to a device; "
                     "use nn.Parameter, register_buffer or nn.ModuleList"
                 )
+
+
+def _state(case: _Case) -> Iterator[str]:
     file = io.BytesIO()
     torch.save(case.process.state_dict(), file)
     file.seek(0)
@@ -613,7 +612,7 @@ def _round_trip(case: _Case) -> Iterator[str]:
     there = process.transform(process.inverse(state, case.t, case.x), case.t, case.x)
     off = _off(there, state)
     if off > 1e-5:
-        yield f"transform(inverse(z)) differs from z by {_percent(off)} for a z that is not its own: inverse is not defined there"
+        yield f"transform(inverse(z)) differs from z by {_percent(off)} for a z near the path: inverse fails there"
 
 
 def _log_prob(case: _Case) -> Iterator[str]:
@@ -751,7 +750,7 @@ def _ends(case: _Case) -> Iterator[str]:
         bad = [name for name in ("z", "velocity", "score") if not torch.isfinite(getattr(point, name)).all()]
         if bad:
             yield (
-                f"path().{' and '.join(bad)} are not finite at t = {time:g}: the std underflows to 0 or a term diverges there; "
+                f"path().{' and '.join(bad)} are not finite at t = {time:g}: the std underflows to 0 or a term diverges; "
                 "pin it in log space, as NFDM does"
             )
             return
@@ -763,17 +762,13 @@ def _ends(case: _Case) -> Iterator[str]:
     start = process.start(case.eps, x)
     off = _off(start, first)
     size = _rms(first - process.transform(-case.eps, case.at(0.0), x)) / 2
+    at = _moments(case, case.at(0.0))
     if off > 1e-5 or _rms(start - first) > 1e-4 * size:
-        why = _explain(start - first, -(first - _moments(case, case.at(0.0)).mean), {})
-        lacks = " (it has no noise)" if why == "" or "opposite" not in why else ""
-        same = _off(start, _moments(case, case.at(0.0)).mean) < 1e-9
-        yield (
-            f"start(eps, x) differs from transform(eps, 0, x) by {_percent(_rms(start - first) / size)} of the noise there"
-            f"{' (it has no noise)' if same else lacks if same else ''}"
-        )
+        why = " (it has no noise)" if _off(start, at.mean) < 1e-9 else ""
+        share = _percent(_rms(start - first) / size)
+        yield f"start(eps, x) differs from transform(eps, 0, x) by {share} of the noise there{why}"
         return
     alpha, sigma = (expand_as_event(value, target) for value in process.reference(case.at(0.0)))
-    at = _moments(case, case.at(0.0))
     shift = _rms((at.mean - alpha * target - process.offset(case.at(0.0), source)) / sigma)
     ratio = _rms(at.std / sigma)
     if shift > 3 or not 1 / 3 < ratio < 3:
@@ -792,7 +787,7 @@ def _gaussian_kl(at: _Probe, prior: _Probe) -> Tensor:
 
 def _prior_kl(case: _Case) -> Iterator[str]:
     many = replace(case, x=case.x[:2], eps=case.eps[:2], t=case.t[:2]).repeated(max(2048 // case.size, 64), stream=5)
-    process, source, ones = case.process, process_source(case), case.at(1.0)
+    process, source, ones = case.process, case.process.split(case.x)[1], case.at(1.0)
     prior = _probe(lambda eps: process.prior(eps, source), case.eps, case.noise(*case.eps.shape, stream=6))
     if not prior.affine:
         return
@@ -824,25 +819,20 @@ def _prior_kl(case: _Case) -> Iterator[str]:
         yield f"prior_kl is {mean[i].item():.4g} nats where KL(q(z_1 | x) || prior) is {expected[i].item():.4g}{why}"
     elif (expected > 0.5 * case.size).any():
         yield (
-            f"KL(q(z_1 | x) || prior) is {expected.max().item() / case.size:.3g} nats per dimension: the process does not end "
-            f"in its prior; {ends}"
+            f"KL(q(z_1 | x) || prior) is {expected.max().item() / case.size:.3g} nats per dimension: the process does not "
+            f"end in its prior; {ends}"
         )
-
-
-def process_source(case: _Case) -> Tensor | None:
-    """Returns the sources of a case, or None."""
-    return case.process.split(case.x)[1]
 
 
 def _ode(case: _Case) -> Iterator[str]:
     process, x = case.process, case.x
-    begin, end = 0.3, 0.7
+    begin, length = case.t - 0.03, 0.06  # short, because few steps have to resolve the fastest network
 
     def solve(steps: int) -> float:
-        z, h = process.transform(case.eps, case.at(begin), x), (end - begin) / steps
+        z, h = process.transform(case.eps, begin, x), length / steps
 
-        def slope(state: Tensor, time: float) -> Tensor:
-            return process.path_at(state, case.at(time), x).velocity
+        def slope(state: Tensor, t: Tensor) -> Tensor:
+            return process.path_at(state, t, x).velocity
 
         for k in range(steps):
             t = begin + k * h
@@ -851,18 +841,19 @@ def _ode(case: _Case) -> Iterator[str]:
             c = slope(z + 0.5 * h * b, t + 0.5 * h)
             d = slope(z + h * c, t + h)
             z = z + h / 6 * (a + 2 * b + 2 * c + d)
-        return _off(z, process.transform(case.eps, case.at(end), x))
+        end = process.transform(case.eps, begin + length, x)
+        return _off(z - process.transform(case.eps, begin, x), end - process.transform(case.eps, begin, x))
 
     with torch.no_grad():
-        off = solve(10)
-        if off > 1e-3:
-            off = solve(80)
-    if off > 1e-3:
-        yield f"the ODE dz = velocity dt from t = {begin} to {end} misses transform(eps, {end}, x) by {_percent(off)}"
+        off = solve(5)
+        if off > 1e-2:
+            off = solve(40)
+    if off > 1e-2:
+        yield f"the ODE dz = velocity dt from t to t + {length} misses transform there by {_percent(off)} of its way"
 
 
 def _sde(case: _Case) -> Iterator[str]:
-    begin, end = 0.7, 0.3
+    begin, end = 0.6, 0.4
     many = case.repeated(max(768 // (case.number * case.size), 8), stream=7)
     process, x = case.process, many.x
     with torch.no_grad():
@@ -886,10 +877,9 @@ def _sde(case: _Case) -> Iterator[str]:
                 z = z + 0.5 * h * (drift + back(z + h * drift + kick, time - h)[0]) + kick
             return process.inverse(z, many.t * 0 + end, x)
 
-        eps = solve(40)
-        problem = _not_normal(eps, 0.03)
+        problem = _not_normal(solve(15), 0.03)
         if problem:  # a second opinion, of smaller steps
-            problem = _not_normal(solve(160), 0.03)
+            problem = _not_normal(solve(80), 0.03)
     if problem:
         yield (
             f"the reverse SDE dz = (velocity - g^2 score / 2) dt + g dw of one x from t = {begin} to {end} does not keep "
@@ -907,17 +897,23 @@ def _not_normal(eps: Tensor, bias: float) -> str:
 
 def _transition(case: _Case) -> Iterator[str]:
     process, (eps, t, x), nothing = case.process, (case.eps, case.t, case.x), torch.zeros_like(case.t)
-    s, zero = t - 0.03, torch.zeros_like(eps)
+    gap = 0.03
+    s, zero = t - gap, torch.zeros_like(eps)
     expected = process.transform(eps, s, x)
     off = _off(process.transition(case.z(), t, s, x, nothing, nothing, case.noise(*eps.shape, stream=8)), expected)
     if off > 1e-5:
         yield f"with g = 0 it must be the ODE step transform(inverse(z, t, x), s, x), but differs from it by {_percent(off)}"
         return
-    g2_t, g2_s = process.reference_g2(t), process.reference_g2(s)
+    at = [_moments(case, time) for time in (t, 0.5 * (s + t), s)]
+    # where the noise is far below the reference's, its g would forget everything in one step
+    fastest = max((process.reference_g2(t) / one.std.flatten(1).abs().amin(1) ** 2).max().item() for one in at)
+
+    def g2_at(time: Tensor) -> Tensor:
+        return min(1.0, 1 / (gap * fastest)) * process.reference_g2(time)
 
     def step(state: Tensor, noise: Tensor) -> Tensor:
         """The step in eps: from that at t to that at s."""
-        z = process.transition(process.transform(state, t, x), t, s, x, g2_t, g2_s, noise)
+        z = process.transition(process.transform(state, t, x), t, s, x, g2_at(t), g2_at(s), noise)
         return process.inverse(z, s, x)
 
     with torch.no_grad():
@@ -925,39 +921,44 @@ def _transition(case: _Case) -> Iterator[str]:
         carried, fresh = step(zero + 1, zero) - base, step(zero, zero + 1) - base
         mixed = case.noise(*eps.shape, stream=9)
         linear = _off(step(eps, mixed), base + carried * eps + fresh * mixed) < 1e-6
-        if not linear:
-            many = case.repeated(max(4096 // (case.number * case.size), 16), stream=10)
-            later, sooner = many.t, many.t - 0.03
-            z = process.transform(many.eps, later, many.x)
-            g2 = process.reference_g2(later), process.reference_g2(sooner)
-            z = process.transition(z, later, sooner, many.x, *g2, many.noise(*z.shape, stream=11))
-            problem = _not_normal(process.inverse(z, sooner, many.x), 0.01)
-            if problem:
-                yield f"it does not keep q(z_s | x): the inverse of its end {problem}"
-            return
-    shift, total = base.abs().max().item(), carried**2 + fresh**2
-    if shift > 1e-6:
-        yield f"it does not keep the mean of q(z_s | x): it is off by {shift:.3g} std"
-    if _off(total, torch.ones_like(total)) > 1e-5:
+    total = carried**2 + fresh**2
+    exact = linear and base.abs().max().item() < 1e-6 and _off(total, torch.ones_like(total)) < 1e-5
+    if not exact and not isinstance(process, AffineProcess):
+        yield from _first_order(case, fastest)  # no more is promised
+    elif base.abs().max().item() > 1e-6:
+        yield f"it does not keep the mean of q(z_s | x): it is off by {base.abs().max().item():.3g} std"
+    elif not exact:
         why = ""
         if _off(fresh.abs(), torch.ones_like(fresh)) < 1e-5:
             why = " (the fresh noise lacks the factor sqrt(1 - rho^2))"
         elif not fresh.any():
             why = " (it adds no fresh noise)"
         yield f"it does not keep the variance of q(z_s | x): it becomes {total.mean().item():.4g} times as large{why}"
-        return
-    at = [_moments(case, time) for time in (t, 0.5 * (s + t), s)]
-    if not all(one.affine for one in at):
-        return
-    rates = [
-        expand_as_event(process.reference_g2(time), eps) / (2 * one.std**2)
-        for time, one in zip((t, 0.5 * (s + t), s), at, strict=True)
-    ]
-    wanted = 0.03 * (rates[0] + 4 * rates[1] + rates[2]) / 6
-    off = _off(-carried.abs().log(), wanted.expand_as(carried))
-    if off > 0.1:
-        why = _explain(-carried.abs().log(), wanted.expand_as(carried), {})
-        yield f"it forgets the noise at a rate that differs from g^2 / (2 std^2) by {_percent(off)}{why}"
+    elif isinstance(process, AffineProcess):
+        rates = [
+            expand_as_event(g2_at(time), eps) / (2 * one.std**2) for time, one in zip((t, 0.5 * (s + t), s), at, strict=True)
+        ]
+        wanted = (gap * (rates[0] + 4 * rates[1] + rates[2]) / 6).expand_as(carried)
+        off = _off(-carried.abs().log(), wanted)
+        if off > 0.25:  # the rate is a trapezoidal rule
+            why = _explain(-carried.abs().log(), wanted, {})
+            yield f"it forgets the noise at a rate that differs from g^2 / (2 std^2) by {_percent(off)}{why}"
+
+
+def _first_order(case: _Case, fastest: float) -> Iterator[str]:
+    """Many small transitions of many samples: their end must be distributed as q(z_s | x)."""
+    process, steps, gap = case.process, 10, 0.005
+    many = case.repeated(max(3072 // (case.number * case.size), 16), stream=10)
+    share = min(1.0, 0.15 / (gap * fastest))
+    with torch.no_grad():
+        z = process.transform(many.eps, many.t, many.x)
+        for k in range(steps):
+            t, s = many.t - k * gap, many.t - (k + 1) * gap
+            g2_t, g2_s = (share * process.reference_g2(time) for time in (t, s))
+            z = process.transition(z, t, s, many.x, g2_t, g2_s, many.noise(*z.shape, stream=100 + k))
+        problem = _not_normal(process.inverse(z, many.t - steps * gap, many.x), 0.03)
+    if problem:
+        yield f"{steps} small steps do not keep q(z_s | x): the inverse of their end {problem}"
 
 
 def _differentiable(process: ForwardProcess, eps: Tensor, z: Tensor, t: Tensor, x: Tensor) -> _Outputs:
@@ -1000,7 +1001,7 @@ class _Inputs:
         own = dict(process.named_parameters())
         with torch.no_grad():
             for name, direction in parameters.items():
-                own[name] += h * direction
+                own[name].add_(h * direction)
         eps, z, x = (
             value if direction is None else value + h * direction
             for value, direction in zip(self.values, values, strict=True)
@@ -1072,10 +1073,11 @@ def _gradients(case: _Case) -> Iterator[str]:
         )
         yield f"gradients do not equal finite differences: {told}; look for detach(), no_grad, .data and .item()"
     idle = [name for i, name in enumerate(inputs.parameters) if all(not one[i].any() for one in gradients.values())]
-    unused, silent = [], []
+    unused: list[str] = []
+    silent: list[str] = []
     for name in idle:
-        change = inputs.difference(compute, {name: torch.ones_like(inputs.parameters[name])}, (None,) * 3, 1e-2)
-        moves = any(_rms(value) > 1e-9 * (1 + _rms(outputs[key])) for key, value in change.items())
+        changed = inputs.difference(compute, {name: torch.ones_like(inputs.parameters[name])}, (None,) * 3, 1e-2)
+        moves = any(_rms(value) > 1e-9 * (1 + _rms(outputs[key])) for key, value in changed.items())
         (silent if moves else unused).append(name)
     if silent:
         yield f"{_listed(silent)} get no gradient, although the process depends on them: they are detached"
@@ -1110,16 +1112,18 @@ def _second(case: _Case) -> Iterator[str]:
     process = start.process
     leaves = [*start.parameters.values(), x.requires_grad_()]
     got = slope(start)
-    offs = []
+    off = math.inf
     for h in _STEPS:
         high, low = (process.path_at(z + h * sign * dz, case.t + h * sign * dt, x).velocity for sign in (1, -1))
         expected = ((high - low) / (2 * h)).detach()
         # the median, because flows may be smooth in pieces only
-        offs.append(((got.detach() - expected).abs() / (_rms(expected) + 1e-6)).median().item())
-    if not min(offs) < 1e-3:
+        off = min(off, ((got.detach() - expected).abs() / (_rms(expected) + 1e-6)).median().item())
+        if off < 1e-3:
+            break
+    if not off < 1e-3:
         yield (
             "the derivative of path_at(z, t, x).velocity along a direction in (z, t) differs from finite differences by "
-            f"{_percent(min(offs))}: the velocity cannot be differentiated again (detach, .item(), a numerical derivative?)"
+            f"{_percent(off)}: the velocity cannot be differentiated again (detach, .item(), a numerical derivative?)"
         )
         return
     if not got.requires_grad:
@@ -1137,15 +1141,15 @@ def _second(case: _Case) -> Iterator[str]:
         for one, direction in zip(gradient, [*ways.values(), way], strict=True)
         if one is not None
     )
-    off = min(
-        _slope_off(
-            total, start.difference(lambda at: {"slope": slope(at)}, ways, (None, None, way), h)["slope"], weight, got
-        )
-        for h in _STEPS
-    )
+    off = math.inf
+    for h in _STEPS:
+        change = start.difference(lambda at: {"slope": slope(at)}, ways, (None, None, way), h)["slope"]
+        off = min(off, _slope_off(total, change, weight, got))
+        if off < 1e-2:
+            break
     if not off < 1e-2:
         yield (
-            "the gradient of the derivative of path_at(z, t, x).velocity in (z, t), which a curvature penalty needs, differs "
+            "the gradient of the derivative of path_at(z, t, x).velocity in (z, t), as a curvature penalty needs it, differs "
             f"from finite differences by {_percent(off)}"
         )
 
@@ -1153,6 +1157,7 @@ def _second(case: _Case) -> Iterator[str]:
 _CHECKS = (
     _Check("basics", _basics),
     _Check("layers", _layers),
+    _Check("attributes", _attributes),
     _Check("outcomes", _outcomes, ("basics",)),
     _Check("source", _sources, ("basics",)),
     _Check("batch", _batch, ("basics", "outcomes")),

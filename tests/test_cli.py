@@ -366,3 +366,49 @@ def test_small_numbers_are_numbers(capsys):
 def test_a_non_finite_loss_is_one_line_and_status_one(capsys):
     line = error([*FIT, "--model.lr=1e30", "--model.warmup_steps=0", "--trainer.gradient_clip_val=null"], capsys, 1)
     assert "term of NFDM is" in line or "gradient of" in line
+
+
+BRIDGE = ["--config", str(CONFIGS / "toy2d_bridge.yaml"), *[arg for arg in SMALL if "_size" not in arg]]
+BRIDGE += ["--data.target.train_size=64", "--data.target.eval_size=16", "--data.source.train_size=64"]
+BRIDGE += ["--data.source.eval_size=16", "--data.batch_size=16"]
+
+
+def test_a_bridge_is_trained_and_sampled_from_real_sources(capsys):
+    assert main(["fit", *BRIDGE]) == 0
+    checkpoint = "--ckpt_path=runs/toy2d_bridge/checkpoints/last.ckpt"
+    few = [checkpoint, "--number=20", "--batch_size=8", "--solver.nfe=2", "--trajectories=true"]
+    assert main(["sample", *few]) == 0  # the sources of the run's own data
+    first = np.load("runs/toy2d_bridge/samples/samples.npy")
+    assert first.shape == (20, 2)
+    assert main(["sample", *few, "--source=Toy2D", "--source.distribution=TwoMoons", "--out=moons"]) == 0
+    assert not np.allclose(np.load("moons/samples.npy"), first)
+    assert {file.name for file in Path("moons").iterdir()} == {"samples.npy", "samples.png", "trajectories.png"}
+    (Path("runs/toy2d_bridge") / "config.yaml").unlink()
+    assert "Bridge is a bridge: give the data to start from with --source=" in error(["sample", *few], capsys)
+    assert "there is no 'Nothing'" in error(["sample", *few, "--source=Nothing"], capsys)
+
+
+def test_a_bridge_without_pairs_and_pairs_without_a_bridge_are_refused(run, capsys):
+    message = error([*FIT, "--model.process=Bridge", "--trainer.default_root_dir=a"], capsys)
+    assert "Bridge is a bridge and needs pairs of data and source: use --data=Pairs" in message
+    message = error(["fit", *BRIDGE, "--model.process=NFDM", "--trainer.default_root_dir=b"], capsys)
+    assert "NFDM is not a bridge, but the data are pairs" in message
+    message = error(["sample", f"--ckpt_path={run}/checkpoints/last.ckpt", "--source=Toy2D"], capsys)
+    assert "NFDM is not a bridge, it starts from noise" in message
+
+
+def test_penalties_and_discrete_time_are_settings(run, capsys):
+    """In the checkpoint too: what test measures is the bound of what was trained."""
+    args = [*FIT, "--model.penalties+=Curvature", "--model.penalties+=Obstacle", "--model.penalties.radius=0.3"]
+    args += ["--model.discrete_steps=7", "--trainer.default_root_dir=new"]
+    assert main(args) == 0
+    loaded = NeuralDiffusion.load_from_checkpoint("new/checkpoints/last.ckpt", weights_only=True)
+    assert [type(penalty).__name__ for penalty in loaded.penalties] == ["Curvature", "Obstacle"]
+    assert loaded.penalties[1].radius == 0.3
+    assert loaded.discrete_steps == 7
+    assert main(["test", *FIT[1:], "--ckpt_path=new/checkpoints/last.ckpt", "--trainer.default_root_dir=new"]) == 0
+    message = error([*FIT, "--model.penalties+=Curvatur", "--trainer.default_root_dir=c"], capsys)
+    assert "there is no 'Curvatur'" in message
+    message = error([*FIT, "--model.process=FlowNFDM", "--model.discrete_steps=5", "--trainer.default_root_dir=d"], capsys)
+    assert "FlowNFDM is not affine in the noise" in message
+    assert "must be at least 1" in error([*FIT, "--model.discrete_steps=0", "--trainer.default_root_dir=e"], capsys)

@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 from nfdm_lightning.data import (
+    Blob,
     Checkerboard,
     DataModule,
     Digits,
     EightGaussians,
     Files,
+    Pairs,
     Pinwheel,
     Toy2D,
     TwoMoons,
@@ -43,16 +45,16 @@ def taken(loader, number: int | None = None) -> list[list[float]]:
     return [batch[:, 0].tolist() for batch, _ in zip(loader, range(number or 10**9))]  # noqa: B905
 
 
-@pytest.mark.parametrize("distribution", [EightGaussians(), TwoMoons(), Checkerboard(), Pinwheel()])
+@pytest.mark.parametrize("distribution", [EightGaussians(), TwoMoons(), Checkerboard(), Pinwheel(), Blob((3.0, 0.0))])
 def test_scale_of_the_toys(distribution):
     x = distribution.sample(100_000, torch.Generator().manual_seed(0))
     assert x.shape == (100_000, 2)
     assert x.dtype == torch.float32
-    assert ((x - x.mean(0)) ** 2).mean().sqrt().item() == pytest.approx(distribution.data_std, rel=0.02)
+    assert (x**2).mean().sqrt().item() == pytest.approx(distribution.data_std, rel=0.02)
     assert torch.equal(x[:5], distribution.sample(100_000, torch.Generator().manual_seed(0))[:5])
 
 
-@pytest.mark.parametrize("distribution", [EightGaussians(), Checkerboard()])
+@pytest.mark.parametrize("distribution", [EightGaussians(), Checkerboard(), Blob((1.0, -0.5), 0.7)])
 def test_densities_are_those_of_the_samples(distribution):
     """Integrates to one, its entropy is the mean of -log p over samples, and cell by cell it predicts the counts."""
     x = distribution.sample(200_000, torch.Generator().manual_seed(0)).double()
@@ -279,3 +281,112 @@ def test_an_iterator_not_used_is_no_epoch():
     resumed.load_state_dict({"epoch": 0, "batch": 2})
     iter(resumed)
     assert taken(resumed) == taken(Counting(batch_size=5).train_dataloader())[2:]
+
+
+def test_digits_of_one_class():
+    eights, everything = Digits(digit=8), Digits()
+    assert 100 < len(eights.raw("train")) < 160
+    for split in ("train", "val", "test"):  # the same split: no eight of the test set is trained on
+        whole = {image.numpy().tobytes() for image in everything.raw(split)}
+        assert all(image.numpy().tobytes() in whole for image in eights.raw(split))
+    assert sum(len(Digits(digit=k).raw("test")) for k in range(10)) == 300
+    with pytest.raises(ConfigError, match="digit=10"):
+        Digits(digit=10)
+
+
+def counted_pairs(paired: bool = False, sources: int = 7, **settings) -> Pairs:
+    return Pairs(Counting(22), Counting(22 if paired else sources), paired, batch_size=5, **settings)
+
+
+def pairs_of(loader, number: int | None = None) -> list[list[tuple[float, float]]]:
+    batches = zip(loader, range(number or 10**9))  # noqa: B905
+    return [[(float(pair[0]), float(pair[1])) for pair in batch] for batch, _ in batches]
+
+
+def test_unpaired_data_meet_fresh_partners_in_every_epoch():
+    loader = counted_pairs().train_dataloader()
+    epochs = [[pair for batch in pairs_of(loader) for pair in batch] for _ in range(100)]
+    for epoch in epochs:
+        assert len({target for target, _ in epoch}) == 20  # four whole batches of 22
+    partners = [{source for epoch in epochs for target, source in epoch if target == k} for k in range(22)]
+    assert all(partner == set(map(float, range(7))) for partner in partners)
+    flat = torch.tensor([pair for epoch in epochs for pair in epoch])
+    assert torch.corrcoef(flat.T)[0, 1].abs() < 0.1
+    assert pairs_of(counted_pairs().train_dataloader()) == pairs_of(counted_pairs().train_dataloader())
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_unpaired_order_continues_where_a_run_stopped(stop):
+    whole = counted_pairs().train_dataloader()
+    expected = [*pairs_of(whole), *pairs_of(whole)]
+    stopped = counted_pairs().train_dataloader()
+    if stop > 4:
+        pairs_of(stopped)
+    iterator = iter(stopped)
+    for _ in range(stop - 4 if stop > 4 else stop):
+        next(iterator)
+    resumed = counted_pairs().train_dataloader()
+    resumed.load_state_dict(stopped.state_dict())
+    rest = pairs_of(resumed) if stop >= 4 else [*pairs_of(resumed), *pairs_of(resumed)]
+    assert rest == expected[stop:]
+
+
+def test_paired_data_stay_together_and_evaluation_pairs_are_fixed():
+    for batch in pairs_of(counted_pairs(paired=True).train_dataloader()):
+        assert all(target == source for target, source in batch)
+    first, second = (pairs_of(counted_pairs().val_dataloader()) for _ in range(2))
+    assert first == second
+    assert sorted(target for batch in first for target, _ in batch) == list(range(22))
+    assert {source for batch in first for _, source in batch} == set(range(7))
+
+
+def test_ranks_of_unpaired_data_draw_different_partners():
+    parts = []
+    for rank in range(2):
+        data = counted_pairs()
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, current_epoch=0)
+        parts.append([pair for batch in pairs_of(data.train_dataloader()) for pair in batch])
+    targets = [target for part in parts for target, _ in part]
+    assert len(targets) == len(set(targets)) == 20
+    assert [source for _, source in parts[0]] != [source for _, source in parts[1]]
+
+
+class Bytes(DataModule):
+    """Images of a given number of levels."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    @property
+    def shape(self):
+        return (1,)
+
+    @property
+    def levels(self):
+        return self.count
+
+    def arrays(self):
+        column = torch.arange(self.count, dtype=torch.uint8)[:, None]
+        return {"train": column, "val": column, "test": column}
+
+
+def test_each_side_of_a_pair_is_normalised_by_its_own_levels():
+    pairs = Pairs(Bytes(5), Bytes(3))
+    assert (pairs.shape, pairs.levels, pairs.data_std) == ((1,), 5, 1.0)
+    split = pairs.split("val")
+    assert split.shape == (5, 2, 1)
+    torch.testing.assert_close(split[:, 0, 0], torch.linspace(-1, 1, 5))
+    assert set(split[:, 1, 0].tolist()) == {-1.0, 0.0, 1.0}
+    mixed = Pairs(Bytes(5), Counting(5))  # levels on one side: both as floats
+    assert mixed.raw("val").dtype == torch.float32
+    torch.testing.assert_close(mixed.split("val")[:, 0, 0], torch.linspace(-1, 1, 5))
+    torch.testing.assert_close(pairs.sources(4), torch.tensor([[-1.0], [0.0], [1.0], [-1.0]]))
+    torch.testing.assert_close(Counting(3).sources(4)[:, 0], torch.tensor([0.0, 1.0, 2.0, 0.0]))
+
+
+def test_pairs_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match=r"shape \(2,\), the source \(1, 8, 8\)"):
+        Pairs(Toy2D(), Digits())
+    with pytest.raises(ConfigError, match="22 targets and 7 sources in the train split"):
+        Pairs(Counting(22), Counting(7), paired=True).train_dataloader()

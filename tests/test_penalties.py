@@ -128,8 +128,14 @@ def test_weight_warms_up():
 
 
 @pytest.mark.parametrize(
-    "build", [partial(Curvature, -1.0), partial(Curvature, 1.0, -1), partial(Obstacle, radius=0.0), partial(NFDMOT, (2,), weight=-1.0)]
-)  # fmt: skip
+    "build",
+    [
+        partial(Curvature, -1.0),
+        partial(Curvature, 1.0, -1),
+        partial(Obstacle, radius=0.0),
+        partial(NFDMOT, (2,), weight=-1.0),
+    ],
+)
 def test_settings_that_cannot_work_are_refused(build):
     with pytest.raises(ConfigError, match="must"):
         build()

@@ -107,14 +107,12 @@ def test_a_flow_makes_a_conditional_that_is_not_gaussian():
     assert min(stats.normaltest(z[:, i].numpy()).pvalue for i in (0, 1)) < 1e-6
 
 
-def test_nfdm_ot_is_nfdm_that_asks_for_a_penalty():
-    ot, plain = (kind((3,), network=small_mlp) for kind in (NFDMOT, NFDM))
-    perturb(plain)
-    ot.load_state_dict(plain.state_dict())
+def test_nfdm_ot_is_straight_before_training_and_asks_for_a_penalty():
+    process = NFDMOT((3,), network=small_mlp)
     eps, t, x = batch((3,))
-    torch.testing.assert_close(ot.path(eps, t, x).velocity, plain.path(eps, t, x).velocity)
-    assert [penalty.weight for penalty in ot.penalties] == [1e-2]
-    assert not list(plain.penalties)
+    torch.testing.assert_close(process.transform(eps, t, x), (1 - t[:, None]) * x + (0.01 + 0.99 * t[:, None]) * eps)
+    assert [penalty.weight for penalty in process.penalties] == [1e-2]
+    assert not list(NFDM((3,), network=small_mlp).penalties)
 
 
 STD, DELTA = 1.5, 0.02

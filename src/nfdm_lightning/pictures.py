@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from nfdm_lightning.processes import Obstacle
 
 _POINT_INK = "#0072B2"  # Okabe and Ito's blue and orange: told apart by everyone
 _PATH_INK = "#E69F00"
@@ -88,7 +91,9 @@ def _in_turn(sources: Tensor, samples: Tensor, columns: int) -> Tensor:
     return torch.stack(rows, 1).flatten(0, 2)
 
 
-def trajectories(times: Tensor, states: Tensor, title: str = "", start: str = "prior") -> np.ndarray:
+def trajectories(
+    times: Tensor, states: Tensor, title: str = "", start: str = "prior", obstacles: Sequence[Obstacle] = ()
+) -> np.ndarray:
     """Draws trajectories from t = 1 to t = 0: points as paths over the plane, images as rows with time running right.
 
     Args:
@@ -96,6 +101,7 @@ def trajectories(times: Tensor, states: Tensor, title: str = "", start: str = "p
         states: latents at these times, (K, N, *event).
         title: what is shown.
         start: what stands at t = 1: the prior, or the source of a bridge.
+        obstacles: discs in the plane to draw too.
 
     Returns:
         Pixels, (H, W, 3) uint8.
@@ -103,9 +109,14 @@ def trajectories(times: Tensor, states: Tensor, title: str = "", start: str = "p
     times, states = times.detach().cpu(), states.detach().cpu()
     if states.ndim == 5:
         return _image_rows(times, states, title, start)
+    from matplotlib.patches import Circle
+
     figure = _figure(5.4, 5.4)
     axes = figure.add_subplot()
     if states.ndim == 3 and states.shape[2] == 2:
+        for disc in obstacles:
+            centre = (disc.centre[0], disc.centre[1])
+            axes.add_patch(Circle(centre, disc.radius, facecolor="#DDDDDD", edgecolor="#666666", zorder=0))
         for path in states[:, :200].unbind(1):
             axes.plot(path[:, 0], path[:, 1], color=_PATH_INK, linewidth=0.5, alpha=0.5, zorder=1)
         axes.scatter(

@@ -13,6 +13,7 @@ from nfdm_lightning.cli_errors import Parser
 from nfdm_lightning.data import DataModule
 from nfdm_lightning.errors import CheckpointError, ConfigError
 from nfdm_lightning.module import NeuralDiffusion
+from nfdm_lightning.processes import Obstacle
 from nfdm_lightning.solvers import Solver
 
 _DESCRIPTION = "Draw samples from a checkpoint."
@@ -88,7 +89,8 @@ def sample(
         if trajectories and begin == 0:
             title = f"{type(model.reverse.process).__name__}: {type(solver).__name__}, {solution.nfe} evaluations"
             start = "prior" if given is None else "source"
-            pixels = pictures.trajectories(solution.times, solution.trajectory, title, start)
+            obstacles = [penalty for penalty in model.penalties if isinstance(penalty, Obstacle)]
+            pixels = pictures.trajectories(solution.times, solution.trajectory, title, start, obstacles)
             pictures.save_png(pixels, folder / "trajectories.png")
     drawn = torch.cat(parts)
     shown = None if sources is None else sources[:1024]

@@ -176,8 +176,8 @@ class Ancestral(_FixedGridSDE):
 
     At fixed x_hat the reverse SDE is an Ornstein-Uhlenbeck process in eps, see
     :meth:`~nfdm_lightning.processes.base.ForwardProcess.transition`. Stable for any g and any number of steps. It is DDPM's
-    ancestral sampling for a Gaussian process (while its alpha is above 0.05), DDIM at stochasticity 0, and shares their bias, of order 1: in few steps the
-    samples are spread too little.
+    ancestral sampling for a Gaussian process (while its alpha is above 0.05), DDIM at stochasticity 0, and shares their
+    bias, of order 1: in few steps the samples are spread too little.
     """
 
     def step(self, reverse: ReverseProcess, z: Tensor, t: Tensor, s: Tensor, noise: _Noise) -> Tensor:

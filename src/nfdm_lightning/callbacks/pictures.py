@@ -13,6 +13,7 @@ from nfdm_lightning import pictures
 from nfdm_lightning.data import DataModule
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.module import NeuralDiffusion
+from nfdm_lightning.processes import Obstacle
 from nfdm_lightning.solvers import Ancestral, Heun, Solver
 
 
@@ -101,4 +102,5 @@ class Trajectories(_Picture):
         _, solution = model.sample(self.number, self.solver, generator, trajectory=True, source=source)
         process, solver = type(model.reverse.process).__name__, type(self.solver).__name__
         title, start = f"{process}: {solver}, {solution.nfe} evaluations", "prior" if source is None else "source"
-        return pictures.trajectories(solution.times, solution.trajectory, title, start)
+        obstacles = [penalty for penalty in model.penalties if isinstance(penalty, Obstacle)]
+        return pictures.trajectories(solution.times, solution.trajectory, title, start, obstacles)

@@ -47,8 +47,15 @@ class NFDM(AffineProcess):
     def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = self.network(x, t).chunk(2, dim=1)
         time = expand_as_event(t, x)
-        log_std = (1 - time) * (math.log(self.delta) + time * self.bound * torch.tanh(raw / self.bound))
-        return (1 - time) * (x + time * shift), log_std.exp()
+        change = time * (1 - time) * self.bound * torch.tanh(raw / self.bound)
+        return (1 - time) * (x + time * shift), expand_as_event(self.fixed_std(t), x) * change.exp()
+
+    def fixed_std(self, t: Tensor) -> Tensor:
+        """Returns the part of std that is not learned, (B,): from delta to 1."""
+        return torch.exp((1 - t) * math.log(self.delta))
+
+    def reference(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t, self.fixed_std(t)
 
     def start(self, eps: Tensor, x: Tensor) -> Tensor:
         return x + self.delta * eps  # pinned: needs no network

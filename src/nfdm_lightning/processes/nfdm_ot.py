@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from nfdm_lightning.networks import auto
 from nfdm_lightning.processes.base import Shape
@@ -13,9 +13,10 @@ from nfdm_lightning.processes.penalties import Curvature
 class NFDMOT(NFDM):
     r"""NFDM that asks for the curvature penalty, :math:`\lambda\, \mathbb E |\tfrac{d}{dt} f(z_t, t, \hat x)|^2`.
 
-    The same forward process as :class:`NFDM`; the penalty acts in training alone. Sample it with the ODE in few steps. For
-    another process restricted in this way, add :class:`~nfdm_lightning.processes.penalties.Curvature` to the model's
-    penalties.
+    The noise that its learned part starts from is straight too, :math:`\log \text{std} = \log(t + (1 - t)\,\delta) +
+    t(1 - t)\,l`: NFDM's geometric one bends by :math:`\log^2 \delta` whatever x is, more than the bounded l can mend near
+    the data. The penalty acts in training alone. Sample it with the ODE in few steps. For another process restricted in this
+    way, add :class:`~nfdm_lightning.processes.penalties.Curvature` to the model's penalties.
 
     Args:
         shape: event shape of x.
@@ -37,3 +38,6 @@ class NFDMOT(NFDM):
     ) -> None:
         super().__init__(shape, network, delta, bound)
         self.penalties = (Curvature(weight, warmup_steps),)
+
+    def fixed_std(self, t: Tensor) -> Tensor:
+        return t + (1 - t) * self.delta

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nfdm_lightning.data import DataModule, Digits, Files, Pairs, Toy2D
     from nfdm_lightning.module import NeuralDiffusion
     from nfdm_lightning.networks import ResidualMLP, UNet
+    from nfdm_lightning.predictor import EpsPrediction, LevelPrediction, VPrediction, XPrediction
     from nfdm_lightning.processes import (
         NDM,
         NFDM,
@@ -35,6 +36,7 @@ _HOMES = {
     "data": ("DataModule", "Digits", "Files", "Pairs", "Toy2D"),
     "module": ("NeuralDiffusion",),
     "networks": ("ResidualMLP", "UNet"),
+    "predictor": ("EpsPrediction", "LevelPrediction", "VPrediction", "XPrediction"),
     "processes": (
         "NDM",
         "NFDM",
@@ -66,6 +68,7 @@ __all__ = [
     "Curvature",
     "DataModule",
     "Digits",
+    "EpsPrediction",
     "Euler",
     "EulerMaruyama",
     "Files",
@@ -74,6 +77,7 @@ __all__ = [
     "Gaussian",
     "HealthCheck",
     "Heun",
+    "LevelPrediction",
     "MuLAN",
     "NeuralDiffusion",
     "Obstacle",
@@ -86,6 +90,8 @@ __all__ = [
     "Toy2D",
     "Trajectories",
     "UNet",
+    "VPrediction",
+    "XPrediction",
 ]
 
 

@@ -132,6 +132,7 @@ def test_weight_warms_up():
     [
         partial(Curvature, -1.0),
         partial(Curvature, 1.0, -1),
+        partial(Curvature, fraction=0.0),
         partial(Obstacle, radius=0.0),
         partial(NFDMOT, (2,), weight=-1.0),
     ],
@@ -160,6 +161,21 @@ def test_the_penalty_is_added_in_training_and_not_to_what_is_reported(tmp_path):
     torch.testing.assert_close(losses[1] - losses[0], (weight - 1e-2) * cost / 2)
     torch.testing.assert_close(losses[0] * 2 - 1e-2 * cost, plain.last_terms.nats.mean())
     torch.testing.assert_close(plain.last_terms.nats, heavy.last_terms.nats)
+
+
+def test_a_penalty_may_look_at_a_part_of_the_batch(tmp_path):
+    """Half of the batch, as a mean over it; the source of a bridge is cut alike."""
+    model = small_model(
+        process=partial(PROCESSES["bridge"]), penalties=[partial(Curvature, weight=1.0, fraction=0.5)], data_std=1.0
+    )
+    perturb(model)
+    model.trainer, model._seed = small_trainer(tmp_path), 5
+    model.log, model.log_dict = lambda *_, **__: None, lambda *_, **__: None
+    x = torch.randn(8, 2, 2, generator=torch.Generator().manual_seed(1))
+    loss = model.training_step(x, 0)
+    terms = model.last_terms
+    cost = Curvature().cost(model.reverse.given(x[:4, 1]), terms.z[:4], terms.t[:4]).mean()
+    torch.testing.assert_close(loss * 2, terms.nats.mean() + cost)
 
 
 def test_a_checkpoint_rebuilds_the_penalties(tmp_path):

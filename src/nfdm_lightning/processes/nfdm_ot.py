@@ -25,6 +25,7 @@ class NFDMOT(NFDM):
         bound: limit of |l|, reached smoothly through tanh.
         weight: lambda.
         warmup_steps: training steps over which the weight rises linearly from 0.
+        fraction: share of each batch on which the penalty is evaluated: it costs more than the rest of a step.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class NFDMOT(NFDM):
         bound: float = 8.0,
         weight: float = 1e-2,
         warmup_steps: int = 0,
+        fraction: float = 1.0,
     ) -> None:
         super().__init__(shape, network, delta, bound)
-        self.penalties = (Curvature(weight, warmup_steps),)
+        self.penalties = (Curvature(weight, warmup_steps, fraction),)
 
     def fixed_std(self, t: Tensor) -> Tensor:
         return t + (1 - t) * self.delta

@@ -37,14 +37,17 @@ class Penalty(abc.ABC):
     Args:
         weight: factor of the cost, in nats per unit of cost.
         warmup_steps: training steps over which the weight rises linearly from 0; 0 is at once.
+        fraction: share of each batch on which the cost is evaluated: less is cheaper and noisier.
     """
 
-    def __init__(self, weight: float = 1.0, warmup_steps: int = 0) -> None:
+    def __init__(self, weight: float = 1.0, warmup_steps: int = 0, fraction: float = 1.0) -> None:
         if not weight >= 0:
             raise ConfigError(f"{type(self).__name__}: weight={weight} must not be negative")
         if warmup_steps < 0:
             raise ConfigError(f"{type(self).__name__}: warmup_steps={warmup_steps} must not be negative")
-        self.weight, self.warmup_steps = weight, warmup_steps
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"{type(self).__name__}: fraction={fraction} must lie in (0, 1]")
+        self.weight, self.warmup_steps, self.fraction = weight, warmup_steps, fraction
 
     @property
     def name(self) -> str:
@@ -76,10 +79,11 @@ class Curvature(Penalty):
     Args:
         weight: lambda.
         warmup_steps: training steps over which the weight rises linearly from 0.
+        fraction: share of each batch on which it is evaluated.
     """
 
-    def __init__(self, weight: float = 1e-2, warmup_steps: int = 0) -> None:
-        super().__init__(weight, warmup_steps)
+    def __init__(self, weight: float = 1e-2, warmup_steps: int = 0, fraction: float = 1.0) -> None:
+        super().__init__(weight, warmup_steps, fraction)
 
     def cost(self, reverse: ReverseProcess, z: Tensor, t: Tensor) -> Tensor:
         return sum_event(acceleration(reverse, z, t) ** 2)
@@ -106,6 +110,7 @@ class Obstacle(Penalty):
         sharpness: k; the cost reaches about 1 / k beyond the ball.
         weight: factor of the cost.
         warmup_steps: training steps over which the weight rises linearly from 0.
+        fraction: share of each batch on which it is evaluated.
     """
 
     def __init__(
@@ -115,8 +120,9 @@ class Obstacle(Penalty):
         sharpness: float = 10.0,
         weight: float = 100.0,
         warmup_steps: int = 0,
+        fraction: float = 1.0,
     ) -> None:
-        super().__init__(weight, warmup_steps)
+        super().__init__(weight, warmup_steps, fraction)
         if not (radius > 0 and sharpness > 0):
             raise ConfigError(f"Obstacle: radius={radius} and sharpness={sharpness} must be positive")
         self.centre, self.radius, self.sharpness = tuple(centre), radius, sharpness

@@ -113,7 +113,7 @@ def digits(direction: str, seed: int, steps: int, scratch: Path, folder: Path | 
         drawn, _ = model.sample(256, solver, torch.Generator().manual_seed(seed), source=source)
         results[f"eights_{kind}"] = eights(drawn)
         if folder is not None and seed == 0:
-            pixels = pictures.sample_grid(drawn[:16], columns=16, sources=source[:16])
+            pixels = pictures.sample_grid(drawn[:24], columns=8, sources=source[:24])
             pictures.save_png(pixels, folder / f"digits_bridge_{kind}.png")
     return results
 

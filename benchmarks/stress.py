@@ -71,7 +71,8 @@ def main() -> None:
             for size in chosen.batch_sizes:
                 for lr in chosen.lrs:
                     folder = Path(scratch) / f"{plugin}_{size}_{lr}"
-                    rows.append({"plugin": plugin, "batch_size": size, "lr": lr, **run(plugin, size, lr, chosen.steps, folder)})
+                    result = run(plugin, size, lr, chosen.steps, folder)
+                    rows.append({"plugin": plugin, "batch_size": size, "lr": lr, **result})
                     print(f"done: {rows[-1]}", flush=True)
     finite = sum(row["finite"] for row in rows)
     report({"steps": chosen.steps, "runs": len(rows), "finite": finite, "rows": rows}, chosen.out)

@@ -8,6 +8,8 @@ gradient that is not finite. ``first`` and ``last`` are means of the bits/dim ov
 """
 
 import argparse
+import math
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -40,7 +42,7 @@ def run(plugin: str, batch_size: int, lr: float, steps: int, folder: Path) -> di
     args += ["--trainer.enable_model_summary=false", "--trainer.enable_checkpointing=false", "--trainer.logger=false"]
     losses, begin, fault = Losses(), time.monotonic(), ""
     cli = NfdmCLI(args, run=False)  # only parses and builds, so that a callback can be added
-    cli.trainer.callbacks.append(losses)
+    cli.trainer.callbacks.append(losses)  # type: ignore[attr-defined]
     try:
         cli.trainer.fit(cli.model, cli.datamodule)
     except NonFiniteError as error:
@@ -49,9 +51,9 @@ def run(plugin: str, batch_size: int, lr: float, steps: int, folder: Path) -> di
     return {
         "finite": not fault and len(values) == steps,
         "fault": fault,
-        "first": sum(values[:50]) / len(values[:50]),
-        "last": sum(values[-50:]) / len(values[-50:]),
-        "largest": max(values),
+        "first": statistics.fmean(values[:50] or [math.nan]),
+        "last": statistics.fmean(values[-50:] or [math.nan]),
+        "largest": max(values, default=math.nan),
         "seconds": round(time.monotonic() - begin, 1),
     }
 

@@ -5,17 +5,24 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import PROCESSES, batch, perturb, small_data, small_mlp, small_model, small_network, small_trainer
+from nfdm_lightning.bound import random_draws
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.module import NeuralDiffusion
-from nfdm_lightning.networks import UNet
+from nfdm_lightning.networks import ResidualMLP, UNet
 from nfdm_lightning.predictor import DataSpec, XPrediction
 from nfdm_lightning.processes import NFDM, NFDMOT, Curvature, Gaussian, LinearFlow, Obstacle, VariancePreserving
 from nfdm_lightning.processes.penalties import acceleration
 from nfdm_lightning.reverse import ReverseProcess
 from nfdm_lightning.volatility import LearnedVolatility, MatchedVolatility
+
+
+class WithLayerNorm(ResidualMLP):
+    def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> None:
+        super().__init__(in_shape, out_shape, 16, 1)
+        self.norm = nn.LayerNorm(2)
 
 
 def learned(name: str, shape: tuple[int, ...]) -> tuple[ReverseProcess, Tensor, Tensor]:
@@ -117,7 +124,7 @@ def test_obstacle():
     at_edge = torch.tensor([[3.0, -1.0]], requires_grad=True)
     (slope,) = torch.autograd.grad(obstacle.cost(None, at_edge, torch.zeros(1)).sum(), at_edge)
     torch.testing.assert_close(slope, torch.tensor([[-0.5, 0.0]]))  # pushed outwards
-    with pytest.raises(ConfigError, match="2 numbers, a state 3"):
+    with pytest.raises(ConfigError, match=r"2 numbers, but a state has shape \(3,\)"):
         obstacle.cost(None, torch.zeros(1, 3), torch.zeros(1))
 
 
@@ -200,6 +207,22 @@ def test_training_straightens_the_trajectories(tmp_path):
         curvatures[name] = acceleration(model.reverse, z, t).pow(2).sum(1).mean().item()
     assert curvatures["nfdm_ot"] < 0.5 * curvatures["nfdm"]
     assert math.isfinite(curvatures["nfdm_ot"])
+
+
+def test_a_predictor_whose_derivative_would_be_wrong_is_refused():
+    """LayerNorm's gradient under forward mode is silently wrong, and the curvature differentiates the predictor too."""
+    small_model(predictor=partial(XPrediction, network=WithLayerNorm))
+    with pytest.raises(ConfigError, match=r"Curvature differentiates the predictor: layer 'network.norm' is a LayerNorm"):
+        small_model(predictor=partial(XPrediction, network=WithLayerNorm), penalties=[Curvature])
+
+
+def test_states_and_times_belong_together_in_discrete_time():
+    model = small_model(discrete_steps=4)
+    perturb(model)
+    x, draws = torch.randn(8, 2), random_draws(torch.zeros(8, 2), torch.Generator().manual_seed(0))
+    terms = model.bound(x, draws)
+    assert set((4 * terms.t).tolist()) == {1.0, 2.0, 3.0, 4.0}
+    torch.testing.assert_close(terms.z, model.reverse.process.transform(draws.eps, terms.t, x))
 
 
 def test_dropout_in_the_predictor_does_not_break_the_derivative():

@@ -20,6 +20,7 @@ from nfdm_lightning.processes import (
     AffineCoupling,
     Bridge,
     FlowNFDM,
+    ForwardProcess,
     MuLAN,
     SeparableNFDM,
     SplineCoupling,
@@ -161,9 +162,50 @@ def test_the_matched_volatility_of_a_bridge_is_that_of_brownian_motion_at_the_so
     process = Bridge((1,), network=small_mlp, delta=1e-3, noise=0.7)
     g2 = process.reference_g2(torch.tensor([1.0, 0.9999, 0.999]))
     torch.testing.assert_close(g2, torch.full((3,), 0.49), rtol=0.02, atol=0)
-    grid = process.reference_g2(torch.linspace(0, 1, 201))
-    assert torch.isfinite(grid).all()
-    assert (grid > 0).all()
+
+
+@pytest.mark.parametrize("delta", [1e-3, 0.01, 0.1])
+@pytest.mark.parametrize("ratio", [1.01, 3.0, 10.0, 100.0, 1000.0])
+def test_the_volatility_of_a_bridge_is_positive_and_the_slope_of_its_ratio(delta, ratio):
+    """For every scale of its noise: both cases of the integral, against the derivative by autodiff."""
+    process = Bridge((1,), network=small_mlp, delta=delta, noise=ratio * delta)
+    t = torch.linspace(0, 1, 201)
+    g2 = process.reference_g2(t)
+    assert (g2 > 0).all()
+    torch.testing.assert_close(g2, ForwardProcess.reference_g2(process, t), rtol=1e-5, atol=1e-9)
+    # away from the source it is that of the path alpha = 1 - t
+    inner = t[1:100]
+    alpha, sigma = process.reference(inner)
+    exact = (
+        2 * sigma**2 * torch.func.jvp(lambda u: process.reference(u)[1].log() - (1 - u).log(), (inner,), (inner * 0 + 1,))[1]
+    )
+    divergent = delta**2 * (1 + inner) / (process._brownian(inner) * alpha)
+    torch.testing.assert_close(process.reference_g2(inner), exact - sigma**2 * divergent, rtol=1e-5, atol=1e-9)
+
+
+def test_the_basis_of_separable_nfdm_in_single_precision():
+    process = SeparableNFDM((2,), network=small_network, terms=16)
+    t = torch.linspace(0, 1, 101)
+    for order in (0, 1, 2, 3):
+        exact = process.basis(t, order)
+        assert (process.basis(t.float(), order) - exact).abs().max() < 1e-4 * exact.abs().max()
+    # T_k(cos a) = cos(k a)
+    k = torch.arange(16)
+    expected = (t * (1 - t))[:, None] * torch.cos(k * torch.acos((2 * t - 1).clamp(-1, 1))[:, None])
+    torch.testing.assert_close(process.basis(t), expected, rtol=0, atol=1e-12)
+
+
+def test_a_steep_spline_is_inverted_in_single_precision():
+    """Whatever the network says: its parameters are bounded."""
+    torch.manual_seed(0)
+    flow = SplineCoupling((2,), network=small_mlp)
+    perturb(flow, 10.0)
+    flow.float()
+    eps, x = torch.randn(2, 5000, 2, dtype=torch.float32)
+    t = torch.rand(5000, dtype=torch.float32)
+    back, log_det = flow.inverse(flow(eps, t, x), t, x)
+    assert torch.isfinite(log_det).all()
+    assert (back - eps).abs().max() < 0.01
 
 
 def test_the_predictor_of_a_bridge_sees_the_source():
@@ -221,6 +263,7 @@ def test_data_for_a_bridge_are_pairs():
         partial(MuLAN, (2,), gamma_min=3.0, gamma_max=1.0),
         partial(MuLAN, (2,), bound=0.0),
         partial(SplineCoupling, (2,), layers=0),
+        partial(SplineCoupling, (2,), bound=0.0),
         partial(SplineCoupling, (1, 4, 4)),
         partial(AffineCoupling, (1, 5, 4)),
         partial(AffineCoupling, (2,), scale_bound=0.0),

@@ -73,8 +73,10 @@ def diffusion_loss(reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor) -
     return sum_event(difference**2 / (2 * expand_as_event(g2, difference))), at_x.z
 
 
-def discrete_diffusion_loss(reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    r"""Returns :math:`T\; KL(q(z_s \mid z_t, x) \,\|\, q(z_s \mid z_t, \hat x))` in nats, (B,), and the states z_t.
+def discrete_diffusion_loss(
+    reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Returns :math:`T\; KL(q(z_s \mid z_t, x) \,\|\, q(z_s \mid z_t, \hat x))` in nats, (B,), z_t, (B, *event), and t, (B,).
 
     One term of the sum over the T steps of the grid, times T: t, uniform in [0, 1), is moved to the end of its step, and
     s = t - 1/T. Exact for the sampler ``Ancestral(nfe=T)``. (NDM, arXiv 2310.08337, section 3.)
@@ -91,7 +93,7 @@ def discrete_diffusion_loss(reverse: ReverseProcess, x: Tensor, t: Tensor, eps: 
     index = (t * steps).floor().clamp(0, steps - 1)
     s, t = index / steps, (index + 1) / steps
     z = process.transform(eps, t, x)
-    return steps * process.posterior_kl(z, t, s, x, reverse.x_hat(z, t), reverse.g2(t), reverse.g2(s)), z
+    return steps * process.posterior_kl(z, t, s, x, reverse.x_hat(z, t), reverse.g2(t), reverse.g2(s)), z, t
 
 
 @dataclass(frozen=True)
@@ -153,14 +155,15 @@ def variational_bound(
     target, source = process.split(x)
     reverse = reverse.given(source)
     alpha, sigma = (value[0] for value in process.reference(x.new_zeros(1)))
+    t = draws.t
     if discrete_steps is None:
         diffusion, z = diffusion_loss(reverse, x, draws.t, draws.eps)
     else:
-        diffusion, z = discrete_diffusion_loss(reverse, x, draws.t, draws.eps, discrete_steps)
+        diffusion, z, t = discrete_diffusion_loss(reverse, x, draws.t, draws.eps, discrete_steps)
     return BoundTerms(
         reconstruction=-decoder.log_prob(target, process.start(draws.eps_0, x), alpha, sigma),
         diffusion=diffusion,
         prior=process.prior_kl(draws.eps_0, x),
-        t=draws.t,
+        t=t,
         z=z,
     )

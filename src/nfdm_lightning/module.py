@@ -19,7 +19,7 @@ from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.predictor import DataSpec, Predictor, XPrediction
 from nfdm_lightning.processes import NFDM, ForwardProcess, Penalty
 from nfdm_lightning.processes.base import Shape
-from nfdm_lightning.reverse import ReverseProcess
+from nfdm_lightning.reverse import ReverseProcess, check_time_differentiable
 from nfdm_lightning.seeding import mixed_seed
 from nfdm_lightning.solvers import Ancestral, Solution, Solver
 from nfdm_lightning.volatility import LearnedVolatility, Volatility
@@ -92,6 +92,10 @@ class NeuralDiffusion(LightningModule):
         data = DataSpec(shape, levels, data_std, built.takes_source)
         self.reverse = ReverseProcess(built, predictor(data), volatility())
         self.penalties = [*built.penalties, *(penalty() for penalty in penalties or [])]
+        for penalty in self.penalties:
+            if penalty.takes_derivatives:
+                owner = f"{type(penalty).__name__} differentiates the predictor"
+                check_time_differentiable(self.reverse.predictor, owner, deterministic=False)
         self.discrete_steps = discrete_steps
         self.decoder: Decoder = GaussianDecoder(decoder_std) if levels is None else DiscreteDecoder(levels)
         self._seed: int | None = None

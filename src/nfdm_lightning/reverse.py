@@ -20,8 +20,13 @@ _WRONG_UNDER_JVP = (nn.LayerNorm, nn.modules.batchnorm._NormBase)
 _RANDOM = (nn.modules.dropout._DropoutNd,)
 
 
-def check_time_differentiable(module: nn.Module, owner: str) -> None:
+def check_time_differentiable(module: nn.Module, owner: str, deterministic: bool = True) -> None:
     """Refuses layers that spoil a network whose time derivative is taken.
+
+    Args:
+        module: the network, or what contains it.
+        owner: what it is, for the message.
+        deterministic: whether to refuse dropout too.
 
     Raises:
         ConfigError: names the layer, its class and what to use in its place.
@@ -32,7 +37,7 @@ def check_time_differentiable(module: nn.Module, owner: str) -> None:
                 f"{owner}: layer '{name}' is a {type(layer).__name__}, whose gradient under a forward-mode time derivative "
                 "is silently wrong; use GroupNorm or RMSNorm"
             )
-        if isinstance(layer, _RANDOM):
+        if deterministic and isinstance(layer, _RANDOM):
             raise ConfigError(
                 f"{owner}: layer '{name}' is a {type(layer).__name__}, which makes F(x) and F(x_hat) differ by chance; a "
                 "forward process must be deterministic: remove it or set dropout to 0"

@@ -172,12 +172,12 @@ class EulerMaruyama(_FixedGridSDE):
 
 
 class Ancestral(_FixedGridSDE):
-    r"""The SDE with its linear part solved exactly: each step has the right marginal for the current x_hat.
+    r"""The SDE with its linear part solved exactly, see :meth:`~nfdm_lightning.processes.base.ForwardProcess.transition`.
 
-    At fixed x_hat the reverse SDE is an Ornstein-Uhlenbeck process in eps, see
-    :meth:`~nfdm_lightning.processes.base.ForwardProcess.transition`. Stable for any g and any number of steps. It is DDPM's
-    ancestral sampling for a Gaussian process (while its alpha is above 0.05), DDIM at stochasticity 0, and shares their
-    bias, of order 1: in few steps the samples are spread too little.
+    At fixed x_hat the reverse SDE of a process that is affine in the noise is an Ornstein-Uhlenbeck process in eps: each
+    step has the right marginal for the current x_hat, and is stable for any g. For other processes a step is of first
+    order. It is DDPM's ancestral sampling for a Gaussian process (while its alpha is above 0.05), DDIM at stochasticity 0,
+    and shares their bias, of order 1: in few steps the samples are spread too little.
     """
 
     def step(self, reverse: ReverseProcess, z: Tensor, t: Tensor, s: Tensor, noise: _Noise) -> Tensor:

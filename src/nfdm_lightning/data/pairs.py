@@ -11,9 +11,11 @@ from nfdm_lightning.data.base import DataModule, EpochSampler
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.seeding import mixed_seed
 
+_PARTNERS = 0x9A125  # begins the seeds of partners, so that they share no stream with the noise of training
+
 
 class _UnpairedDataset(Dataset[Tensor]):
-    """All combinations of a target and a source: number i + N j is target i of N with source j."""
+    """All combinations of a target and a source: number i + N j is target i of N with source i + j."""
 
     def __init__(self, targets: Tensor, sources: Tensor) -> None:
         self.targets, self.sources = targets, sources
@@ -26,7 +28,8 @@ class _UnpairedDataset(Dataset[Tensor]):
 
     def __getitems__(self, indices: list[int]) -> Tensor:
         number = torch.as_tensor(indices)
-        return torch.stack([self.targets[number % len(self)], self.sources[number // len(self)]], 1)
+        target, turn = number % len(self), number // len(self)
+        return torch.stack([self.targets[target], self.sources[(target + turn) % len(self.sources)]], 1)
 
 
 class _PartnerSampler(EpochSampler):
@@ -35,7 +38,7 @@ class _PartnerSampler(EpochSampler):
     def __iter__(self) -> Iterator[int]:
         targets = torch.tensor(self.indices())
         assert isinstance(self.dataset, _UnpairedDataset)
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch, self.rank))
+        generator = torch.Generator().manual_seed(mixed_seed(_PARTNERS, self.seed, self.epoch, self.rank))
         partners = torch.randint(len(self.dataset.sources), (len(targets),), generator=generator)
         yield from (targets + len(self.dataset) * partners)[self.begin :].tolist()
 
@@ -104,7 +107,7 @@ class Pairs(DataModule):
         for part, name in enumerate(("train", "val", "test")):
             targets, sources = self._parts(name)
             if not self.paired:
-                generator = torch.Generator().manual_seed(mixed_seed(self.seed, part))
+                generator = torch.Generator().manual_seed(mixed_seed(_PARTNERS, self.seed, part))
                 order = torch.cat([torch.randperm(len(sources), generator=generator)] * -(-len(targets) // len(sources)))
                 sources = sources[order[: len(targets)]]
             splits[name] = torch.stack([targets, sources], 1)

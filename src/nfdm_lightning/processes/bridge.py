@@ -79,9 +79,11 @@ class Bridge(AffineProcess):
         mean = (1 - time) * (target + time * shift) + time * source
         return mean, expand_as_event(self._fixed_std(t), target) * torch.exp(time * (1 - time) * learned)
 
+    def _brownian(self, t: Tensor) -> Tensor:
+        return self.delta**2 * t + (1 - t) * (1 - t + self.noise**2 * t)
+
     def _fixed_std(self, t: Tensor) -> Tensor:
-        brownian = self.delta**2 * t + (1 - t) * (1 - t + self.noise**2 * t)
-        return torch.exp((1 - t) * math.log(self.delta)) * brownian.sqrt()
+        return torch.exp((1 - t) * math.log(self.delta)) * self._brownian(t).sqrt()
 
     def start(self, eps: Tensor, x: Tensor) -> Tensor:
         return x[:, 0] + self.delta * eps  # pinned: needs no network
@@ -93,5 +95,22 @@ class Bridge(AffineProcess):
         return 1 - t, self._fixed_std(t)
 
     def reference_log_ratio(self, t: Tensor) -> Tensor:
-        # alpha' / alpha is floored where the Brownian part of std^2 meets its pin: g is then n up to the very end
-        return self._fixed_std(t).log() - (1 - t + (self.delta / self.noise) ** 2).log()
+        r"""Returns the integral of :math:`|\log\delta| + \tfrac12 n^2 / B(t)`, B the polynomial in the square root of std.
+
+        It is :math:`\log(\text{std} / (1 - t))` but for a slope of :math:`\tfrac12 \delta^2 (1 + t) / (B\,(1 - t))`, which
+        diverges at the pin of the source. Without it g is positive everywhere, and n at the source.
+        """
+        # B = 1 + b t + a t^2, with b > -2 and the discriminant b^2 - 4 a
+        b = self.delta**2 - 2 + self.noise**2
+        discriminant = (self.noise**2 + self.delta**2) ** 2 - 4 * self.delta**2
+        root = math.sqrt(abs(discriminant))
+        if discriminant > 0:
+            integral = ((2 + (b + root) * t) / (2 + (b - root) * t)).log() / root
+        elif discriminant < 0:
+            integral = 2 * torch.atan(root * t / (2 + b * t)) / root
+        else:
+            integral = 2 * t / (2 + b * t)
+        return -math.log(self.delta) * t + 0.5 * self.noise**2 * integral
+
+    def reference_g2(self, t: Tensor) -> Tensor:
+        return self._fixed_std(t) ** 2 * (self.noise**2 / self._brownian(t) - 2 * math.log(self.delta))

@@ -47,20 +47,29 @@ class SplineCoupling(ConditionalFlow):
         network: builds the networks of the layers from (input shape, output shape); each is evaluated as n((x, eps_a), t).
         layers: number of layers.
         bins: pieces of each spline.
+        bound: limit of the parameters of the splines but for their factor t(1 - t), reached smoothly through tanh: steep
+            splines lose their inverse in float32.
 
     Raises:
         ConfigError: the data are images.
     """
 
     def __init__(
-        self, shape: Shape, network: Callable[[Shape, Shape], nn.Module] = auto, layers: int = 4, bins: int = 8
+        self,
+        shape: Shape,
+        network: Callable[[Shape, Shape], nn.Module] = auto,
+        layers: int = 4,
+        bins: int = 8,
+        bound: float = 4.0,
     ) -> None:
         super().__init__(shape)
         if len(shape) != 1:
             raise ConfigError(f"SplineCoupling is for vectors, but the data have shape {shape}: use AffineCoupling")
         if layers < 1 or bins < 2:
             raise ConfigError(f"layers={layers} must be at least 1, bins={bins} at least 2")
-        self.bins = bins
+        if not bound > 0:
+            raise ConfigError(f"bound={bound} must be positive: it limits the parameters of the splines")
+        self.bins, self.bound = bins, bound
         self.masks = [self._mask(layer) for layer in range(layers)]
         size = shape[0]
         self.networks = nn.ModuleList(
@@ -78,7 +87,7 @@ class SplineCoupling(ConditionalFlow):
 
         def layer(network: nn.Module, mask: Tensor) -> CouplingTransform:
             def spline(given: Tensor) -> DependentTransform:
-                raw = network(torch.cat([x, given], 1), t) * time[:, None]
+                raw = time[:, None] * self.bound * torch.tanh(network(torch.cat([x, given], 1), t) / self.bound)
                 parts = raw.unflatten(1, (-1, 3 * self.bins - 1)).split([self.bins, self.bins, self.bins - 1], dim=-1)
                 return DependentTransform(MonotonicRQSTransform(*parts), 1)
 

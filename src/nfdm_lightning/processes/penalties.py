@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ class Penalty(abc.ABC):
         warmup_steps: training steps over which the weight rises linearly from 0; 0 is at once.
         fraction: share of each batch on which the cost is evaluated: less is cheaper and noisier.
     """
+
+    takes_derivatives: ClassVar[bool] = False
+    """Whether the cost differentiates the whole model in t, which some layers do not bear."""
 
     def __init__(self, weight: float = 1.0, warmup_steps: int = 0, fraction: float = 1.0) -> None:
         if not weight >= 0:
@@ -81,6 +84,8 @@ class Curvature(Penalty):
         warmup_steps: training steps over which the weight rises linearly from 0.
         fraction: share of each batch on which it is evaluated.
     """
+
+    takes_derivatives: ClassVar[bool] = True
 
     def __init__(self, weight: float = 1e-2, warmup_steps: int = 0, fraction: float = 1.0) -> None:
         super().__init__(weight, warmup_steps, fraction)
@@ -129,8 +134,10 @@ class Obstacle(Penalty):
 
     def depth(self, z: Tensor) -> Tensor:
         """Returns how deep each state is inside the ball, negative outside; (B, D) to (B,)."""
-        if z.shape[-1] != len(self.centre):
-            raise ConfigError(f"Obstacle: centre={self.centre} has {len(self.centre)} numbers, a state {z.shape[-1]}")
+        if z.shape[1:] != (len(self.centre),):
+            raise ConfigError(
+                f"Obstacle: centre={self.centre} has {len(self.centre)} numbers, but a state has shape {tuple(z.shape[1:])}"
+            )
         return self.radius - (z - z.new_tensor(self.centre)).norm(dim=-1)
 
     def cost(self, reverse: ReverseProcess, z: Tensor, t: Tensor) -> Tensor:

@@ -4,9 +4,10 @@
 
 Predictors of equal size, equal steps, batches and learning rates; NFDM and NFDM-OT have a forward network besides, which
 every evaluation runs too. ``gaussian_fm`` is flow matching's linear path trained on our bound, not its uniform loss.
-``curvature`` is the mean of |d/dt f(z_t, t)|^2 along the model's own trajectories (Heun, 100 steps, by forward-mode autodiff); ``curvature_inner`` the same over t in [0.05, 0.95].
-``sw2_K`` is the sliced 2-Wasserstein distance of 4,096 samples in K Euler steps of the ODE to fresh data, mean of three
-draws; ``sw2_fresh`` that between two fresh draws. Needs the development dependencies (torchcfm).
+``curvature`` is the mean of |d/dt f(z_t, t)|^2 along the model's own trajectories (Heun, 100 steps, by forward-mode
+autodiff); ``curvature_inner`` the same over t in [0.05, 0.95]. ``sw2_K`` is the sliced 2-Wasserstein distance of 4,096
+samples in K Euler steps of the ODE to fresh data, mean of three draws; ``sw2_fresh`` that between two fresh draws. Needs the
+development dependencies (torchcfm).
 """
 
 import argparse

@@ -76,7 +76,7 @@ def diffusion_loss(reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor) -
 def discrete_diffusion_loss(
     reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Returns :math:`T\; KL(q(z_s \mid z_t, x) \,\|\, q(z_s \mid z_t, \hat x))` in nats, (B,), z_t, (B, *event), and t, (B,).
+    r"""Returns :math:`T\; KL(q(z_s \mid z_t, x) \,\|\, q(z_s \mid z_t, \hat x))` in nats, (B,), with z_t and t.
 
     One term of the sum over the T steps of the grid, times T: t, uniform in [0, 1), is moved to the end of its step, and
     s = t - 1/T. Exact for the sampler ``Ancestral(nfe=T)``. (NDM, arXiv 2310.08337, section 3.)

@@ -144,7 +144,7 @@ class Known(Predictor):
 
 def gaussian_data_model(process: ForwardProcess, std: float, volatility: Volatility | None = None) -> ReverseProcess:
     """The exact model of data N(0, std^2 I): with its network at zero, XPrediction is the posterior mean."""
-    predictor = XPrediction(DataSpec(process.shape, None, std), small_network)
+    predictor = XPrediction(DataSpec(process.shape, None, std, process.takes_source), small_network)
     return ReverseProcess(process, predictor, volatility or MatchedVolatility())
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,9 @@ FILES = sorted(CONFIGS.glob("*.yaml"))
 
 def test_there_are_configurations():
     assert {path.stem for path in FILES} >= {
-        f"{data}_{process}" for data in ("toy2d", "digits") for process in ("gaussian", "ndm", "nfdm")
+        f"{data}_{process}"
+        for data in ("toy2d", "digits")
+        for process in ("gaussian", "ndm", "nfdm", "nfdm_ot", "flow_nfdm", "separable", "mulan", "bridge")
     }
 
 
@@ -30,6 +33,8 @@ def test_configuration_trains_measures_and_samples(path: Path, tmp_path, monkeyp
     assert main(["fit", *args, *few, "--trainer.max_steps=3"]) == 0
     run = tmp_path / "runs" / path.stem
     assert main(["test", *args, *few, "--ckpt_path=last"]) == 0
+    assert main(["sample", f"--ckpt_path={run}/checkpoints/last.ckpt", "--number=3"]) == 0
+    assert len(np.load(run / "samples" / "samples.npy")) == 3
     assert json.loads((run / "test.json").read_text())["test/bits_per_dim"] > 0
     assert {picture.name for picture in (run / "pictures").iterdir()} == {"samples_test.png", "trajectories_test.png"}
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3

@@ -19,7 +19,7 @@ def test_bound_and_samples_are_those_of_the_cpu(process_name):
     process = PROCESSES[process_name]((3,))
     perturb(process)
     reverse = gaussian_data_model(process, 1.0)
-    _, _, x = batch((3,))
+    _, _, x = batch((3,), process=process)
     solvers = (Euler(6), Heun(6), EulerMaruyama(6), Ancestral(6), TorchSDE(7), Adaptive(1e-6, 1e-6))
     results = []
     for device in ("cpu", "cuda"):
@@ -27,11 +27,12 @@ def test_bound_and_samples_are_those_of_the_cpu(process_name):
         draws = random_draws(x.to(device), torch.Generator().manual_seed(0))
         parts = [variational_bound(reverse, GaussianDecoder(), x.to(device), draws).nats]
         for solver in solvers[:4] + solvers[5:]:
-            z = reverse.prior(4, torch.Generator().manual_seed(1))
-            parts.append(solver.solve(reverse, z, torch.Generator().manual_seed(2)).z)
+            given = reverse.given(process.split(x.to(device))[1])
+            z = given.prior(4, torch.Generator().manual_seed(1))
+            parts.append(solver.solve(given, z, torch.Generator().manual_seed(2)).z)
         assert all(part.device.type == device for part in parts)
         results.append([part.detach().cpu() for part in parts])
-        solvers[4].solve(reverse, reverse.prior(4))  # torchsde has its own random numbers
+        solvers[4].solve(given, given.prior(4))  # torchsde has its own random numbers
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 

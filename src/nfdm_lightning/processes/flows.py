@@ -5,8 +5,8 @@ that its networks put out is multiplied by t(1 - t).
 """
 
 import abc
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,20 @@ class SplineCoupling(ConditionalFlow):
         return u, log_det
 
 
+class _Halves(nn.Module):
+    """The places along dimension 1 that a layer is given and those that it moves, and how to put both back."""
+
+    given: Tensor
+    moved: Tensor
+    order: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        given, moved = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
+        for name, places in {"given": given, "moved": moved, "order": torch.cat([given, moved]).argsort()}.items():
+            self.register_buffer(name, places, persistent=False)
+
+
 class AffineCoupling(ConditionalFlow):
     r"""Affine coupling layers with bounded scales on squeezed images (Real NVP, arXiv 1605.08803); for images and vectors.
 
@@ -137,12 +151,15 @@ class AffineCoupling(ConditionalFlow):
             raise ConfigError(f"layers={layers} must be at least 1 and scale_bound={scale_bound} positive")
         self.scale_bound = scale_bound
         self.squeezed = (4 * shape[0], shape[1] // 2, shape[2] // 2) if len(shape) == 3 else tuple(shape)
-        size = self.squeezed[0]
-        self.masks = [self._mask(layer) for layer in range(layers)]
-        rest = self.squeezed[1:]
+        size, rest = self.squeezed[0], self.squeezed[1:]
+        halves = [_Halves(self._mask(layer)) for layer in range(layers)]
+        self.halves = nn.ModuleList(halves)
         self.networks = nn.ModuleList(
-            network((size + int(mask.sum()), *rest), (2 * int((~mask).sum()), *rest)) for mask in self.masks
+            network((size + len(half.given), *rest), (2 * len(half.moved), *rest)) for half in halves
         )
+
+    def _layers(self) -> list[tuple[nn.Module, _Halves]]:
+        return list(zip(self.networks, cast(Iterable[_Halves], self.halves), strict=True))
 
     def _mask(self, layer: int) -> Tensor:
         size = self.squeezed[0]
@@ -167,27 +184,21 @@ class AffineCoupling(ConditionalFlow):
 
     def forward(self, eps: Tensor, t: Tensor, x: Tensor) -> Tensor:
         u, x = self._squeeze(eps), self._squeeze(x)
-        for network, mask in zip(self.networks, self.masks, strict=True):
-            given, moved = u[:, mask], u[:, ~mask]
+        for network, halves in self._layers():
+            given, moved = u[:, halves.given], u[:, halves.moved]
             log_scale, shift = self._scale_and_shift(network, given, t, x)
-            u = _merge(given, moved * log_scale.exp() + shift, mask)
+            u = torch.cat([given, moved * log_scale.exp() + shift], 1)[:, halves.order]
         return self._unsqueeze(u)
 
     def inverse(self, u: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         u, x = self._squeeze(u), self._squeeze(x)
         log_det = u.new_zeros(len(u))
-        for network, mask in reversed(list(zip(self.networks, self.masks, strict=True))):
-            given, moved = u[:, mask], u[:, ~mask]
+        for network, halves in reversed(self._layers()):
+            given, moved = u[:, halves.given], u[:, halves.moved]
             log_scale, shift = self._scale_and_shift(network, given, t, x)
-            u = _merge(given, (moved - shift) * (-log_scale).exp(), mask)
+            u = torch.cat([given, (moved - shift) * (-log_scale).exp()], 1)[:, halves.order]
             log_det = log_det + sum_event(log_scale)
         return self._unsqueeze(u), log_det
-
-
-def _merge(given: Tensor, moved: Tensor, mask: Tensor) -> Tensor:
-    """Puts the two parts back in their places along dimension 1."""
-    order = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
-    return torch.cat([given, moved], 1)[:, order.argsort()]
 
 
 def auto_flow(shape: Shape) -> ConditionalFlow:

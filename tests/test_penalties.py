@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,12 +121,26 @@ def test_obstacle():
     obstacle = Obstacle(centre=(1.0, -1.0), radius=2.0, sharpness=50.0)
     z = torch.tensor([[1.0, -1.0], [1.0, 0.0], [4.0, -1.0]])
     torch.testing.assert_close(obstacle.depth(z), torch.tensor([2.0, 1.0, -1.0]))
-    torch.testing.assert_close(obstacle.cost(None, z, torch.zeros(3)), torch.tensor([2.0, 1.0, 0.0]), rtol=0, atol=1e-9)
+    steady = SimpleNamespace(velocity=lambda z, t: torch.tensor([3.0, 4.0]).expand_as(z))
+    cost = obstacle.cost(steady, z, torch.zeros(3)) / 5  # per unit of speed
+    torch.testing.assert_close(cost, torch.tensor([2.0, 1.0, 0.0]), rtol=0, atol=1e-9)
     at_edge = torch.tensor([[3.0, -1.0]], requires_grad=True)
-    (slope,) = torch.autograd.grad(obstacle.cost(None, at_edge, torch.zeros(1)).sum(), at_edge)
+    (slope,) = torch.autograd.grad(obstacle.cost(steady, at_edge, torch.zeros(1)).sum() / 5, at_edge)
     torch.testing.assert_close(slope, torch.tensor([[-0.5, 0.0]]))  # pushed outwards
     with pytest.raises(ConfigError, match=r"2 numbers, but a state has shape \(3,\)"):
         obstacle.cost(None, torch.zeros(1, 3), torch.zeros(1))
+
+
+def test_a_jump_across_an_obstacle_costs_as_much_as_a_slow_passage():
+    """A straight path through the ball at speed v: the mean over time of the cost is the same for every v."""
+    obstacle, costs = Obstacle(radius=1.0, sharpness=30.0), []
+    for speed in (4.0, 40.0):
+        t = torch.linspace(0, 1, 40_001)
+        z = torch.stack([((t - 0.5) * speed).clamp(-2, 2), torch.zeros_like(t)], 1)
+        moving = (z[:, 0].abs() < 2).to(z)[:, None]
+        model = SimpleNamespace(velocity=lambda z, t, m=moving, v=speed: m * torch.tensor([v, 0.0]))
+        costs.append(obstacle.cost(model, z, t).mean().item())
+    assert costs[1] == pytest.approx(costs[0], rel=1e-2)
 
 
 def test_weight_warms_up():

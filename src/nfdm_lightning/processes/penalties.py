@@ -104,16 +104,18 @@ def acceleration(model: Velocity, z: Tensor, t: Tensor) -> Tensor:
 
 
 class Obstacle(Penalty):
-    r"""Keeps the paths out of a ball: :math:`\text{softplus}\big(k\,(r - |z - c|)\big) / k`, about the depth inside it.
+    r"""Keeps the paths out of a ball: :math:`U(z)\, |f(z, t)|`, :math:`U = \text{softplus}\big(k\,(r - |z - c|)\big) / k`.
 
-    The cost is on the states of the forward process; the model, trained on the same objective, follows them around. (NFDM,
-    arXiv 2404.12940, section 5.3: bridges around obstacles.)
+    U is about the depth inside the ball. Times the model's speed, the cost is the integral of U along the path whatever the
+    speed is: U alone would be escaped by jumping across at once, with no state inside and every path through it. The states
+    are those of the forward process; the model, trained on the same objective, follows them around. (NFDM, arXiv
+    2404.12940, section 5.3: bridges around obstacles; the factor of speed is ours.)
 
     Args:
         centre: c, as many numbers as z has dimensions.
         radius: r.
         sharpness: k; the cost reaches about 1 / k beyond the ball.
-        weight: factor of the cost.
+        weight: factor of the cost, in nats per unit of depth and length.
         warmup_steps: training steps over which the weight rises linearly from 0.
         fraction: share of each batch on which it is evaluated.
     """
@@ -123,7 +125,7 @@ class Obstacle(Penalty):
         centre: Sequence[float] = (0.0, 0.0),
         radius: float = 1.0,
         sharpness: float = 10.0,
-        weight: float = 100.0,
+        weight: float = 30.0,
         warmup_steps: int = 0,
         fraction: float = 1.0,
     ) -> None:
@@ -141,4 +143,5 @@ class Obstacle(Penalty):
         return self.radius - (z - z.new_tensor(self.centre)).norm(dim=-1)
 
     def cost(self, reverse: ReverseProcess, z: Tensor, t: Tensor) -> Tensor:
-        return functional.softplus(self.sharpness * self.depth(z)) / self.sharpness
+        depth = functional.softplus(self.sharpness * self.depth(z)) / self.sharpness
+        return depth * reverse.velocity(z, t).norm(dim=1)

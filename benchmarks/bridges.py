@@ -5,10 +5,10 @@
 ``toy``: between a checkerboard and 8 Gaussians, one model per direction. Samples from fresh sources by SDE and ODE
 (Ancestral, stochasticity 1 and 0, 200 evaluations) against fresh data: a permutation test of the energy distance between
 1,000 and 1,000 points, the p-values of three draws combined by Fisher's method, and sliced 2-Wasserstein distances of
-4,096. ``obstacle``: share of the length of 2,000 trajectories (100 steps, joined by straight lines) inside the disc, and of trajectories that
-touch it, with the penalty and without.
-``digits``: a bridge from threes to eights, its test bound, and the share of its samples that a k-nearest-neighbour
-classifier of scikit-learn, trained on the training split, takes for an eight, next to that of real test eights.
+4,096. ``obstacle``: share of the length of 2,000 trajectories (100 steps, joined by straight lines) inside the disc, and of
+trajectories that touch it, with the penalty and without. ``digits``: a bridge from threes to eights, its test bound, and the
+share of its samples that a k-nearest-neighbour classifier of scikit-learn, trained on the training split, takes for an
+eight, next to that of real test eights.
 """
 
 import argparse

@@ -231,6 +231,16 @@ class PathAtIgnoresState(Plain):
         return PathPoint(z, point.velocity, point.score)
 
 
+class VelocityAtTwice(Plain):
+    def velocity_at(self, z, t, x):
+        return 2 * super().velocity_at(z, t, x)
+
+
+class VelocityAtDetached(Plain):
+    def velocity_at(self, z, t, x):
+        return super().velocity_at(z, t, x).detach()
+
+
 class TransitionTooNoisy(Plain):
     def transition(self, z, t, s, x, g2_t, g2_s, noise):
         mean, _ = self.posterior(z, t, s, x, g2_t, g2_s)
@@ -397,6 +407,8 @@ FAULTS = {
     "mean over the batch": (BatchMean, "batch", r"depend on the others", 1),
     "unused parameter": (Unused, "gradients", r"'temperature'.*nothing depends on", 1),
     "path_at ignores z": (PathAtIgnoresState, "path_at", r"z is not used", 1),
+    "twice the velocity_at": (VelocityAtTwice, "path_at", r"velocity_at\(z\) differs .*2 times", 1),
+    "velocity_at without gradient": (VelocityAtDetached, "gradients", r"velocity_at \(in the parameters missing", 1),
     "transition without sqrt(1 - rho^2)": (TransitionTooNoisy, "transition", r"lacks the factor sqrt", 1),
     "transition at twice the rate": (TransitionTooFast, "transition", r"rate that differs", 1),
     "transition of a flow without noise": (SinhTransition, "transition", r"do not keep q\(z_s \| x\)", 1),

@@ -336,6 +336,7 @@ def _core(process: ForwardProcess, eps: Tensor, z: Tensor, t: Tensor, x: Tensor)
 def _derived(process: ForwardProcess, eps: Tensor, z: Tensor, t: Tensor, x: Tensor) -> _Computations:
     """Those that follow from them, and may be overridden."""
     yield "path_at", lambda: process.path_at(z, t, x)
+    yield "velocity_at", lambda: process.velocity_at(z, t, x)
     yield "start", lambda: process.start(eps, x)
     yield "prior_kl", lambda: process.prior_kl(eps, x)
     yield "reference", lambda: process.reference(t)
@@ -722,6 +723,13 @@ def _path_at(case: _Case) -> Iterator[str]:
                 f"{_explain(got, expected, causes)}"
             )
             return
+    alone, expected = process.velocity_at(case.z(), case.t, case.x), again.velocity
+    off = _off(alone, expected)
+    if off > 1e-6:
+        yield (
+            f"velocity_at(z) differs from path_at(z).velocity by {_percent(off)}{_explain(alone, expected, {})}: "
+            "override both or neither"
+        )
 
 
 def _reference(case: _Case) -> Iterator[str]:
@@ -840,7 +848,7 @@ def _ode(case: _Case) -> Iterator[str]:
         z, h = process.transform(case.eps, begin, x), length / steps
 
         def slope(state: Tensor, t: Tensor) -> Tensor:
-            return process.path_at(state, t, x).velocity
+            return process.velocity_at(state, t, x)
 
         for k in range(steps):
             t = begin + k * h
@@ -985,6 +993,7 @@ def _differentiable(process: ForwardProcess, eps: Tensor, z: Tensor, t: Tensor, 
         "path().score": path.score,
         "path_at().velocity": at.velocity,
         "path_at().score": at.score,
+        "velocity_at": process.velocity_at(z, t, x),
         "start": process.start(eps, x),
         "prior_kl": process.prior_kl(eps, x),
         "reference().alpha": alpha,

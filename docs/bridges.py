@@ -1,33 +1,32 @@
-"""Makes docs/images/bridges.png of the README from what ``benchmarks/bridges.py --pictures FOLDER`` has drawn.
+"""Makes the picture of bridges in the README: python docs/bridges.py FOLDER.
 
-python docs/bridges.py FOLDER
+Takes what ``benchmarks/bridges.py --pictures FOLDER`` has drawn.
 """
 
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 
-def main() -> None:
-    """Sets the pictures side by side, at one height."""
-    folder = Path(sys.argv[1])
-    names = ("obstacle_without_sde", "obstacle_with_sde", "digits_bridge_sde")
-    height = 540
+def main(folder: str) -> None:
+    """Sets the pictures side by side, on white, without their margins."""
     parts = []
-    for name in names:
-        picture = Image.open(folder / f"{name}.png").convert("RGB")
-        if name.startswith("digits"):  # pixels, enlarged without smoothing
-            factor = max(1, 380 // picture.height)
-            picture = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
-        canvas = Image.new("RGB", (picture.width + 20, height), "white")
-        canvas.paste(picture, (10, (height - picture.height) // 2))
-        parts.append(np.asarray(canvas))
-    out = Path(__file__).parent / "images" / "bridges.png"
-    Image.fromarray(np.concatenate(parts, 1)).save(out, optimize=True)
-    sys.stdout.write(f"{out}\n")
+    for name in ("obstacle_without_sde", "obstacle_with_sde", "digits_bridge_sde"):
+        picture = Image.open(Path(folder) / f"{name}.png").convert("RGB")
+        box = ImageChops.difference(picture, Image.new("RGB", picture.size, "white")).getbbox()
+        parts.append(picture.crop(box))
+    height = max(part.height for part in parts[:2])
+    digits = parts[2]
+    parts[2] = digits.resize((height * digits.width // digits.height, height), Image.Resampling.NEAREST)
+    margin = 15
+    sheet = Image.new("RGB", (sum(part.width + margin for part in parts) + margin, height + 2 * margin), "white")
+    left = margin
+    for part in parts:
+        sheet.paste(part, (left, margin + (height - part.height) // 2))
+        left += part.width + margin
+    sheet.save(Path(__file__).parent / "images" / "bridges.png", optimize=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

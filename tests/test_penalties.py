@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from conftest import PROCESSES, batch, perturb, small_data, small_mlp, small_model, small_network, small_trainer
 from nfdm_lightning.bound import random_draws
-from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.callbacks import HealthCheck
+from nfdm_lightning.errors import ConfigError, NonFiniteError
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.networks import ResidualMLP, UNet
 from nfdm_lightning.predictor import DataSpec, XPrediction
-from nfdm_lightning.processes import NFDM, NFDMOT, Curvature, Gaussian, LinearFlow, Obstacle, VariancePreserving
+from nfdm_lightning.processes import NFDM, NFDMOT, Curvature, Gaussian, LinearFlow, Obstacle, Penalty, VariancePreserving
 from nfdm_lightning.processes.penalties import acceleration
 from nfdm_lightning.reverse import ReverseProcess
 from nfdm_lightning.volatility import LearnedVolatility, MatchedVolatility
@@ -198,6 +199,18 @@ def test_a_penalty_may_look_at_a_part_of_the_batch(tmp_path):
     terms = model.last_terms
     cost = Curvature().cost(model.reverse.given(x[:4, 1]), terms.z[:4], terms.t[:4]).mean()
     torch.testing.assert_close(loss * 2, terms.nats.mean() + cost)
+
+
+class Broken(Penalty):
+    def cost(self, reverse, z, t):
+        return z.sum(1) * math.nan
+
+
+def test_a_penalty_that_is_not_finite_is_named(tmp_path):
+    model = small_model(penalties=[partial(Obstacle, radius=0.1), partial(Obstacle, radius=0.2), Broken]).float()
+    with pytest.raises(NonFiniteError, match="step 0: the penalty 'broken' on NFDM is nan"):
+        small_trainer(tmp_path, callbacks=[HealthCheck()]).fit(model, small_data())
+    assert set(model.last_penalties) == {"obstacle", "obstacle_1", "broken"}
 
 
 def test_a_checkpoint_rebuilds_the_penalties(tmp_path):

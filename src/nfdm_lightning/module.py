@@ -101,6 +101,8 @@ class NeuralDiffusion(LightningModule):
         self._seed: int | None = None
         self.last_terms: BoundTerms | None = None
         """The terms of the latest training step, for callbacks that look into them."""
+        self.last_penalties: dict[str, Tensor] = {}
+        """The costs of the penalties in that step, by name."""
 
     def _save_hparams(self, arguments: dict[str, Any]) -> None:
         # The command line hands over its own record; a model built in Python is described in the same form, so that
@@ -189,6 +191,7 @@ class NeuralDiffusion(LightningModule):
 
     def _penalty(self, batch: Tensor, terms: BoundTerms) -> Tensor:
         total = terms.nats.new_zeros(())
+        self.last_penalties = {}
         if not self.penalties:
             return total
         source = self.reverse.process.split(batch.to(self.dtype))[1]
@@ -196,7 +199,9 @@ class NeuralDiffusion(LightningModule):
             part = math.ceil(penalty.fraction * len(batch))  # the times are in random order
             reverse = self.reverse.given(None if source is None else source[:part])
             cost = penalty.cost(reverse, terms.z[:part], terms.t[:part]).mean()
-            self.log(f"train/{penalty.name}", cost.detach(), batch_size=part)
+            name = penalty.name if penalty.name not in self.last_penalties else f"{penalty.name}_{len(self.last_penalties)}"
+            self.last_penalties[name] = cost.detach()
+            self.log(f"train/{name}", cost.detach(), batch_size=part)
             total = total + penalty.weight_at(self.global_step) * cost
         return total
 

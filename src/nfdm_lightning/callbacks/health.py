@@ -14,7 +14,7 @@ _WAY_OUT = (
 
 
 class HealthCheck(Callback):
-    """Stops at the first non-finite loss, naming term, time, sample and process, and at the first non-finite gradient,
+    """Stops at the first non-finite loss, naming term or penalty, time, sample and process, and at the first gradient that is not,
     naming the parameter.
 
     Raises:
@@ -46,7 +46,7 @@ def _process(pl_module: LightningModule) -> str:
 
 def _culprit(pl_module: LightningModule) -> str:
     terms = pl_module.last_terms if isinstance(pl_module, NeuralDiffusion) else None
-    if terms is None:
+    if not isinstance(pl_module, NeuralDiffusion) or terms is None:
         return "the loss is not finite"
     for name, values in terms.named().items():
         bad = ~torch.isfinite(values)
@@ -57,4 +57,7 @@ def _culprit(pl_module: LightningModule) -> str:
                 f"the {name} term of {_process(pl_module)} is {float(values[first])} {at}for sample {first} of the batch "
                 f"({int(bad.sum())} of {len(values)} samples)"
             )
+    for name, cost in pl_module.last_penalties.items():
+        if not torch.isfinite(cost):
+            return f"the penalty '{name}' on {_process(pl_module)} is {float(cost)}"
     return f"the mean loss of {_process(pl_module)} is not finite, though every term is: the sum overflows"

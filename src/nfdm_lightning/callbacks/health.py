@@ -14,8 +14,8 @@ _WAY_OUT = (
 
 
 class HealthCheck(Callback):
-    """Stops at the first non-finite loss, naming term or penalty, time, sample and process, and at the first gradient that is not,
-    naming the parameter.
+    """Stops at the first non-finite loss, naming term or penalty, time, sample and process, and at the first gradient that
+    is not finite, naming the parameter.
 
     Raises:
         NonFiniteError: before the optimiser has used the value.

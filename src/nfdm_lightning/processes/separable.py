@@ -19,9 +19,8 @@ class SeparableNFDM(AffineProcess):
         \log \text{std}(t, x) &= (1 - t) \log\delta + \textstyle\sum_k b_k(t)\,l_k(x), \qquad |l_k| < \text{bound} / K \\
         b_k(t) &= t(1 - t)\,T_k(2t - 1), \qquad k = 0, \dots, K - 1
 
-    with T_k the Chebyshev polynomials. Pinned at both ends as NFDM is. The network is evaluated once, at x alone, and no
-    derivative of it is ever taken in t: there is no forward-mode autodiff, and layers that it forbids are allowed but for
-    dropout and batch statistics.
+    with T_k the Chebyshev polynomials. Pinned at both ends as NFDM is. The network is evaluated once, at x alone, and is
+    never differentiated in t: there is no forward-mode autodiff but for penalties.
 
     Args:
         shape: event shape of x.

@@ -171,11 +171,11 @@ def test_installed_commands(command):
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (["--model.process=NFMD"], ["model.process: there is no 'NFMD'", "did you mean NFDM", "Gaussian, NDM, NFDM"]),
+        (["--model.process=NFMD"], ["model.process: there is no 'NFMD'", "did you mean NFDM", "Bridge, FlowNFDM, Gaussian, MuLAN"]),
         (["--model.process.detla=1"], ["'detla' is not an argument there", "did you mean delta", "bound, delta, network"]),
         (["--model.lrr=1"], ["there is no 'model.lrr'", "did you mean lr", "predictor, process, volatility"]),
         (["--modle.lr=1"], ["there is no 'modle'", "did you mean model", "data", "trainer"]),
-        (["--data=Toy3D"], ["data: there is no 'Toy3D'", "Digits, Files, Toy2D"]),
+        (["--data=Toy3D"], ["data: there is no 'Toy3D'", "Digits, Files, Pairs, Toy2D"]),
         (["--data.batchsize=1"], ["'batchsize'", "did you mean batch_size"]),
         (["--data.distribution=Spiral"], ["distribution: there is no 'Spiral'", "Checkerboard, EightGaussians, Pinwheel"]),
         (

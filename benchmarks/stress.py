@@ -1,6 +1,7 @@
 """Every plug-in for 1,000 steps on the toy at the extremes of batch size and learning rate: is every value finite? JSON.
 
-    python benchmarks/stress.py [--steps 1000] [--plugins mulan ...] [--batch-sizes 2 1024] [--lrs 1e-4 3e-3] [--out FILE]
+    python benchmarks/stress.py [--steps 1000] [--plugins mulan ...] [--batch-sizes 2 1024] [--lrs 1e-4 3e-3] [--set ...]
+        [--out FILE]
 
 The shipped configurations through the command line's own entry point; its health check stops a run at the first loss or
 gradient that is not finite. ``first`` and ``last`` are means of the bits/dim over the first and last 50 training steps,
@@ -34,12 +35,13 @@ class Losses(Callback):
         self.values.append(float(trainer.callback_metrics["train/bits_per_dim"]))
 
 
-def run(plugin: str, batch_size: int, lr: float, steps: int, folder: Path) -> dict[str, Any]:
+def run(plugin: str, batch_size: int, lr: float, steps: int, folder: Path, settings: list[str]) -> dict[str, Any]:
     """Trains once; returns how it went."""
     args = ["--config", str(CONFIGS / f"toy2d_{plugin}.yaml"), f"--trainer.default_root_dir={folder}"]
     args += [f"--trainer.max_steps={steps}", f"--data.batch_size={batch_size}", f"--model.lr={lr}"]
     args += ["--trainer.callbacks=null", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
     args += ["--trainer.enable_model_summary=false", "--trainer.enable_checkpointing=false", "--trainer.logger=false"]
+    args += [f"--{setting}" for setting in settings]
     losses, begin, fault = Losses(), time.monotonic(), ""
     cli = NfdmCLI(args, run=False)  # only parses and builds, so that a callback can be added
     cli.trainer.callbacks.append(losses)  # type: ignore[attr-defined]
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--plugins", nargs="+", choices=PLUGINS, default=list(PLUGINS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 1024])
     parser.add_argument("--lrs", nargs="+", type=float, default=[1e-4, 3e-3])
+    parser.add_argument("--set", nargs="*", default=[], help="more settings, such as model.predictor.network.width=32")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     chosen = parser.parse_args()
     rows = []
@@ -73,11 +76,11 @@ def main() -> None:
             for size in chosen.batch_sizes:
                 for lr in chosen.lrs:
                     folder = Path(scratch) / f"{plugin}_{size}_{lr}"
-                    result = run(plugin, size, lr, chosen.steps, folder)
+                    result = run(plugin, size, lr, chosen.steps, folder, chosen.set)
                     rows.append({"plugin": plugin, "batch_size": size, "lr": lr, **result})
                     print(f"done: {rows[-1]}", flush=True)
     finite = sum(row["finite"] for row in rows)
-    report({"steps": chosen.steps, "runs": len(rows), "finite": finite, "rows": rows}, chosen.out)
+    report({"steps": chosen.steps, "settings": chosen.set, "runs": len(rows), "finite": finite, "rows": rows}, chosen.out)
 
 
 if __name__ == "__main__":

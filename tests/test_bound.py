@@ -154,17 +154,12 @@ def test_discrete_time_kl_tends_to_the_continuous_loss(name):
     with torch.no_grad():
         limit, _ = diffusion_loss(reverse, x, t, eps)
         z = process.transform(eps, t, x)
-        errors = [
-            (
-                steps
-                * process.posterior_kl(z, t, t - 1 / steps, x, reverse.x_hat(z, t), reverse.g2(t), reverse.g2(t - 1 / steps))
-                - limit
-            )
-            .abs()
-            .max()
-            .item()
-            for steps in (100, 1000, 10_000, 100_000)
-        ]
+
+        def divergence(s):
+            ends = [process.step_moments(t, s, data) for data in (x, reverse.x_hat(z, t))]
+            return process.posterior_kl(z, t, s, *ends, reverse.g2(t), reverse.g2(s))
+
+        errors = [(steps * divergence(t - 1 / steps) - limit).abs().max().item() for steps in (100, 1000, 10_000, 100_000)]
     assert errors[-1] < 1e-3 * limit.max().item()
     for coarse, fine in itertools.pairwise(errors):
         assert fine < 0.2 * coarse  # first order in 1 / T
@@ -178,8 +173,9 @@ def test_discrete_posterior_is_that_of_bayes():
     with torch.no_grad():
         (mean_s, std_s), (mean_t, std_t) = process.moments(s, x), process.moments(t, x)
         g2 = process.reference_g2(t), process.reference_g2(s)
-        zero, std = process.posterior(mean_t, t, s, x, *g2)
-        one, _ = process.posterior(mean_t + 1, t, s, x, *g2)
+        ends = process.step_moments(t, s, x)
+        zero, std = process.posterior(mean_t, t, s, ends, *g2)
+        one, _ = process.posterior(mean_t + 1, t, s, ends, *g2)
         variance = std**2
         slope = one - zero
         torch.testing.assert_close(zero, mean_s)

@@ -173,7 +173,7 @@ def test_installed_commands(command):
     [
         (
             ["--model.process=NFMD"],
-            ["model.process: there is no 'NFMD'", "did you mean NFDM", "Bridge, FlowNFDM, Gaussian, MuLAN"],
+            ["model.process: there is no 'NFMD'", "did you mean NFDM", "Bridge", "FlowNFDM", "Gaussian", "MuLAN"],
         ),
         (["--model.process.detla=1"], ["'detla' is not an argument there", "did you mean delta", "bound, delta, network"]),
         (["--model.lrr=1"], ["there is no 'model.lrr'", "did you mean lr", "predictor, process, volatility"]),

@@ -219,7 +219,9 @@ def test_posterior_is_that_of_ddpm(betas, steps):
     z, _, x_hat = batch((3,), 5)
     for index in scheduler.timesteps[:: steps // 10].tolist()[:-1]:
         t, s = (torch.full((5,), i / 1000) for i in (index, index - 1000 // steps))
-        mean, std = process.posterior(z, t, s, x_hat, process.reference_g2(t), process.reference_g2(s))
+        mean, std = process.posterior(
+            z, t, s, process.step_moments(t, s, x_hat), process.reference_g2(t), process.reference_g2(s)
+        )
         for seed in (0, 1):  # two draws tell mean and std apart
             noise = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
             step = scheduler.step(x_hat, index, z, generator=torch.Generator().manual_seed(seed))
@@ -255,14 +257,15 @@ def test_posterior_of_ndm_is_that_of_the_paper():
         z = alpha_t * maps[0][0] + sigma_t * eps
         v = sigma_s**2 / sigma_t**2 * (sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2)
         g2_t, g2_s = process.reference_g2(t), process.reference_g2(s)
-        for data, at_t, at_s in zip((x, x_hat), *maps, strict=True):
-            mean, std = process.posterior(z, t, s, data, g2_t, g2_s)
+        ends = [process.step_moments(t, s, data) for data in (x, x_hat)]
+        for at_ends, at_t, at_s in zip(ends, *maps, strict=True):
+            mean, std = process.posterior(z, t, s, at_ends, g2_t, g2_s)
             close(mean, alpha_s * at_s + (sigma_s**2 - v).sqrt() / sigma_t * (z - alpha_t * at_t))
             close(std**2, v.expand(6, 3))
         (at_t, at_t_hat), (at_s, at_s_hat) = maps
         difference = alpha_s * (at_s - at_s_hat) - (sigma_s**2 - v).sqrt() * alpha_t / sigma_t * (at_t - at_t_hat)
         assert (at_t - at_t_hat - (x - x_hat)).abs().max() > 0.01  # the map is not the identity
-        close(process.posterior_kl(z, t, s, x, x_hat, g2_t, g2_s), (difference**2 / (2 * v)).sum(1))
+        close(process.posterior_kl(z, t, s, *ends, g2_t, g2_s), (difference**2 / (2 * v)).sum(1))
 
 
 # --- discrete time tends to continuous time ------------------------------------------------------------------------------
@@ -316,7 +319,7 @@ def test_posterior_variance_is_that_of_the_sde_whatever_x(name):
     s = t - 1 / steps
     g2_t, g2_s = (volatility(u, process.reference_g2(u)) for u in (t, s))
     with torch.no_grad():
-        stds = [process.posterior(x, t, s, data, g2_t, g2_s)[1] for data in (x, x_hat)]
+        stds = [process.posterior(x, t, s, process.step_moments(t, s, data), g2_t, g2_s)[1] for data in (x, x_hat)]
         moments = [process.moments_dt(t, data) for data in (x, x_hat)]
         rates = [m.std_dt / m.std + column(g2_t) / (2 * m.std**2) for m in moments]
     assert (moments[0].std / moments[1].std).log().abs().max() > 0.1
@@ -333,9 +336,10 @@ def test_posterior_kl_is_that_of_torch_where_stds_differ(name):
     s, x_hat = 0.7 * t, 0.5 * x - 0.3
     g2_t, g2_s = process.reference_g2(t), process.reference_g2(s)
     with torch.no_grad():
-        laws = [Normal(*process.posterior(z, t, s, data, g2_t, g2_s)) for data in (x, x_hat)]
+        ends = [process.step_moments(t, s, data) for data in (x, x_hat)]
+        laws = [Normal(*process.posterior(z, t, s, at_ends, g2_t, g2_s)) for at_ends in ends]
         assert (laws[0].stddev / laws[1].stddev).log().abs().max() > 0.1
-        close(process.posterior_kl(z, t, s, x, x_hat, g2_t, g2_s), kl_divergence(*laws).sum(1))
+        close(process.posterior_kl(z, t, s, *ends, g2_t, g2_s), kl_divergence(*laws).sum(1))
 
 
 # --- general couplings ---------------------------------------------------------------------------------------------------

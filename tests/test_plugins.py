@@ -69,10 +69,10 @@ def test_mulan_has_a_monotone_schedule_of_its_own_for_every_dimension_and_sample
     process = MuLAN((3,), network=small_network)
     _, _, x = batch((3,))
     t = torch.linspace(0, 1, 101)
-    start, _ = process.gamma(t, x[:1].expand(101, 3))
+    start, _ = process.gamma(t, process.coefficients(x[:1].expand(101, 3)))
     torch.testing.assert_close(start, (-13.3 + 18.3 * t)[:, None].expand(101, 3))  # linear before training
     perturb(process, 0.3)
-    curves = torch.stack([process.gamma(t, row.expand(101, 3))[0] for row in x])
+    curves = torch.stack([process.gamma(t, process.coefficients(row.expand(101, 3)))[0] for row in x])
     assert (curves.diff(dim=1) > 0).all()
     torch.testing.assert_close(curves[:, 0], torch.full((4, 3), -13.3))
     torch.testing.assert_close(curves[:, -1], torch.full((4, 3), 5.0))
@@ -266,7 +266,7 @@ def test_data_for_a_bridge_are_pairs():
         partial(SplineCoupling, (2,), bound=0.0),
         partial(SplineCoupling, (1, 4, 4)),
         partial(AffineCoupling, (1, 5, 4)),
-        partial(AffineCoupling, (2,), scale_bound=0.0),
+        partial(AffineCoupling, (2,), bound=0.0),
     ],
 )
 def test_settings_that_cannot_work_are_refused(build):

@@ -243,7 +243,7 @@ class VelocityAtDetached(Plain):
 
 class TransitionTooNoisy(Plain):
     def transition(self, z, t, s, x, g2_t, g2_s, noise):
-        mean, _ = self.posterior(z, t, s, x, g2_t, g2_s)
+        mean, _ = self.posterior(z, t, s, self.step_moments(t, s, x), g2_t, g2_s)
         return mean + self.moments(s, x)[1] * noise * (g2_t[:, None] > 0)
 
 

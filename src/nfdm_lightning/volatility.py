@@ -9,8 +9,8 @@ import abc
 import torch
 from torch import Tensor, nn
 
-from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.networks.embedding import TimeEmbedding, zero_
+from nfdm_lightning.processes.base import bounded, check_bound
 
 
 class Volatility(nn.Module, abc.ABC):
@@ -41,13 +41,11 @@ class LearnedVolatility(Volatility):
 
     def __init__(self, width: int = 32, bound: float = 2.0) -> None:
         super().__init__()
-        if not bound > 0:
-            raise ConfigError(f"bound={bound} must be positive: it limits how far log g^2 may leave its reference")
-        self.bound = bound
+        self.bound = check_bound(bound)
         self.embed = TimeEmbedding(width, frequencies=4, max_frequency=4.0)
         self.out = nn.Linear(width, 1)
         zero_(self.out)
 
     def forward(self, t: Tensor, reference_g2: Tensor) -> Tensor:
         change = self.out(self.embed(t))[:, 0]
-        return reference_g2 * torch.exp(self.bound * torch.tanh(change / self.bound))
+        return reference_g2 * torch.exp(bounded(change, self.bound))

@@ -11,6 +11,7 @@ from nfdm_lightning.data.base import DataModule, EpochSampler
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.seeding import mixed_seed
 
+_SPLITS = ("train", "val", "test")
 _PARTNERS = 0x9A125  # begins the seeds of partners, so that they share no stream with the noise of training
 
 
@@ -102,16 +103,20 @@ class Pairs(DataModule):
             )
         return targets, sources
 
+    def _fixed(self, split: str) -> Tensor:
+        targets, sources = self._parts(split)
+        if not self.paired:
+            seed = mixed_seed(_PARTNERS, self.seed, _SPLITS.index(split))
+            order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(seed))
+            sources = sources[order[torch.arange(len(targets)) % len(sources)]]
+        return torch.stack([targets, sources], 1)
+
     def arrays(self) -> dict[str, Tensor]:
-        splits = {}
-        for part, name in enumerate(("train", "val", "test")):
-            targets, sources = self._parts(name)
-            if not self.paired:
-                generator = torch.Generator().manual_seed(mixed_seed(_PARTNERS, self.seed, part))
-                order = torch.cat([torch.randperm(len(sources), generator=generator)] * -(-len(targets) // len(sources)))
-                sources = sources[order[: len(targets)]]
-            splits[name] = torch.stack([targets, sources], 1)
-        return splits
+        # unpaired training pairs are made batch by batch: a fixed copy of them would double the memory for nothing
+        return {name: self._fixed(name) for name in _SPLITS if self.paired or name != "train"}
+
+    def raw(self, name: str) -> Tensor:
+        return self._fixed(name) if name == "train" and not self.paired else super().raw(name)
 
     def train_dataset(self) -> Dataset[Tensor]:
         return super().train_dataset() if self.paired else _UnpairedDataset(*self._parts("train"))

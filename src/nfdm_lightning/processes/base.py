@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nfdm_lightning.errors import ConfigError
+
 if TYPE_CHECKING:
     from nfdm_lightning.processes.penalties import Penalty
 
@@ -37,6 +39,25 @@ ALPHA_FLOOR = 0.05
 def expand_as_event(t: Tensor, like: Tensor) -> Tensor:
     """Views per-sample values of shape (B,) as (B, 1, ..., 1), so that they broadcast against ``like``."""
     return t.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def bounded(raw: Tensor, limit: float) -> Tensor:
+    """Returns limit * tanh(raw / limit): raw near 0, and never beyond the limit."""
+    return limit * torch.tanh(raw / limit)
+
+
+def check_bound(bound: float) -> float:
+    """Returns the limit of something learned, if it is one."""
+    if not bound > 0:
+        raise ConfigError(f"bound={bound} must be positive: it limits what is learned")
+    return bound
+
+
+def check_delta(delta: float) -> float:
+    """Returns the standard deviation at a pinned end, if it is one."""
+    if not 0 < delta < 1:
+        raise ConfigError(f"delta={delta} must lie in (0, 1): it pins the noise at the data away from zero")
+    return delta
 
 
 def sum_event(values: Tensor) -> Tensor:
@@ -88,6 +109,16 @@ class Moments:
     std: Tensor
     mean_dt: Tensor
     std_dt: Tensor
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Mean and standard deviation of q(z_t | x) and q(z_s | x) at both ends of a step, each broadcastable to (B, *event)."""
+
+    mean_t: Tensor
+    std_t: Tensor
+    mean_s: Tensor
+    std_s: Tensor
 
 
 class ForwardProcess(nn.Module, abc.ABC):
@@ -299,27 +330,32 @@ class AffineProcess(ForwardProcess):
         eps = (z - at.mean) / at.std
         return PathPoint(z, at.mean_dt + at.std_dt * eps, -eps / at.std)
 
-    def posterior(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor) -> tuple[Tensor, Tensor]:
+    def step_moments(self, t: Tensor, s: Tensor, x: Tensor) -> Ends:
+        """Returns the moments at both ends of a step; override where they share an evaluation of a network."""
+        return Ends(*self.moments(t, x), *self.moments(s, x))
+
+    def posterior(self, z: Tensor, t: Tensor, s: Tensor, ends: Ends, g2_t: Tensor, g2_s: Tensor) -> tuple[Tensor, Tensor]:
         r"""Returns mean and std, (B, *event), of the discrete-time posterior :math:`q(z_s \mid z_t, x)`, s < t.
 
         .. math:: \text{mean}_s + \rho\, \text{std}_s\, \frac{z_t - \text{mean}_t}{\text{std}_t}, \qquad
             \text{std}_s \sqrt{1 - \rho^2}
 
-        with rho of :meth:`log_refresh`. It has the marginals q(z_s | x) for any g. (NDM, arXiv 2310.08337, section 3, where
-        the mean is alpha F(x, t), the std sigma, and the variance v DDPM's.)
+        with rho of :meth:`log_refresh` and ``ends`` of :meth:`step_moments` at x. It has the marginals q(z_s | x) for any g.
+        (NDM, arXiv 2310.08337, section 3, where the mean is alpha F(x, t), the std sigma, and the variance v DDPM's.)
         """
-        (mean_t, std_t), (mean_s, std_s) = self.moments(t, x), self.moments(s, x)
-        log_rho = self.log_refresh(t, s, g2_t, g2_s, std_t, std_s, z)
-        mean = mean_s + std_s * log_rho.exp() * (z - mean_t) / std_t
-        return mean, (std_s * (-torch.expm1(2 * log_rho)).sqrt()).expand_as(z)
+        log_rho = self.log_refresh(t, s, g2_t, g2_s, ends.std_t, ends.std_s, z)
+        mean = ends.mean_s + ends.std_s * log_rho.exp() * (z - ends.mean_t) / ends.std_t
+        return mean, (ends.std_s * (-torch.expm1(2 * log_rho)).sqrt()).expand_as(z)
 
-    def posterior_kl(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, x_hat: Tensor, g2_t: Tensor, g2_s: Tensor) -> Tensor:
+    def posterior_kl(
+        self, z: Tensor, t: Tensor, s: Tensor, at_x: Ends, at_x_hat: Ends, g2_t: Tensor, g2_s: Tensor
+    ) -> Tensor:
         r"""Returns :math:`KL(q(z_s \mid z_t, x) \,\|\, q(z_s \mid z_t, \hat x))` in nats, (B,).
 
         Summed over the steps of a grid it is the diffusion term in discrete time; T times one step tends to the continuous
         loss.
         """
-        (mean, std), (mean_hat, std_hat) = (self.posterior(z, t, s, data, g2_t, g2_s) for data in (x, x_hat))
+        (mean, std), (mean_hat, std_hat) = (self.posterior(z, t, s, ends, g2_t, g2_s) for ends in (at_x, at_x_hat))
         ratio = std / std_hat
         return sum_event(0.5 * ((mean - mean_hat) / std_hat) ** 2 + 0.5 * (ratio**2 - 1) - ratio.log())
 
@@ -327,7 +363,7 @@ class AffineProcess(ForwardProcess):
         return self.path_at(z, t, x).velocity
 
     def transition(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor, noise: Tensor) -> Tensor:
-        mean, std = self.posterior(z, t, s, x, g2_t, g2_s)
+        mean, std = self.posterior(z, t, s, self.step_moments(t, s, x), g2_t, g2_s)
         return mean + std * noise
 
     def prior_kl(self, eps: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.networks import auto
-from nfdm_lightning.processes.base import AffineProcess, Shape, expand_as_event
+from nfdm_lightning.processes.base import AffineProcess, Shape, bounded, check_bound, check_delta, expand_as_event
 
 
 class Bridge(AffineProcess):
@@ -46,15 +46,11 @@ class Bridge(AffineProcess):
         bound: float = 8.0,
     ) -> None:
         super().__init__(shape)
-        if not 0 < delta < 1:
-            raise ConfigError(f"delta={delta} must lie in (0, 1): it pins the noise of the path at both ends")
         if not noise > delta:
             raise ConfigError(f"noise={noise} must be above delta={delta}: it is the scale of the noise between the ends")
-        if not bound > 0:
-            raise ConfigError(f"bound={bound} must be positive: it limits the learned part of log std")
         doubled = (2 * self.shape[0], *self.shape[1:])
         self.network = network(doubled, doubled)
-        self.delta, self.noise, self.bound = delta, noise, bound
+        self.delta, self.noise, self.bound = check_delta(delta), noise, check_bound(bound)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return x[:, 0], x[:, 1]
@@ -75,7 +71,7 @@ class Bridge(AffineProcess):
         target, source = x.unbind(1)
         shift, raw = self.network(x.flatten(1, 2), t).chunk(2, dim=1)
         time = expand_as_event(t, target)
-        learned = self.bound * torch.tanh(raw / self.bound)
+        learned = bounded(raw, self.bound)
         mean = (1 - time) * (target + time * shift) + time * source
         return mean, expand_as_event(self._fixed_std(t), target) * torch.exp(time * (1 - time) * learned)
 

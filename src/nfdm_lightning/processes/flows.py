@@ -6,14 +6,15 @@ that its networks put out is multiplied by t(1 - t).
 
 import abc
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributions.transforms import AffineTransform, Transform
 
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.networks import auto
-from nfdm_lightning.processes.base import Shape, expand_as_event, sum_event
+from nfdm_lightning.processes.base import Shape, bounded, check_bound, expand_as_event, sum_event
 
 
 class ConditionalFlow(nn.Module, abc.ABC):
@@ -36,78 +37,6 @@ class ConditionalFlow(nn.Module, abc.ABC):
         """Returns eps, (B, *event), and log |det dG/deps| there, (B,)."""
 
 
-class SplineCoupling(ConditionalFlow):
-    r"""Coupling layers of monotone rational-quadratic splines (arXiv 1906.04032), by zuko; for vectors.
-
-    Every layer transforms half of the dimensions, in turn the odd and the even ones, given the other half, x and t. Outside
-    [-5, 5] the splines are the identity. A vector of one dimension is transformed given x and t alone.
-
-    Args:
-        shape: event shape, (D,).
-        network: builds the networks of the layers from (input shape, output shape); each is evaluated as n((x, eps_a), t).
-        layers: number of layers.
-        bins: pieces of each spline.
-        bound: limit of the parameters of the splines but for their factor t(1 - t), reached smoothly through tanh: steep
-            splines lose their inverse in float32.
-
-    Raises:
-        ConfigError: the data are images.
-    """
-
-    def __init__(
-        self,
-        shape: Shape,
-        network: Callable[[Shape, Shape], nn.Module] = auto,
-        layers: int = 4,
-        bins: int = 8,
-        bound: float = 4.0,
-    ) -> None:
-        super().__init__(shape)
-        if len(shape) != 1:
-            raise ConfigError(f"SplineCoupling is for vectors, but the data have shape {shape}: use AffineCoupling")
-        if layers < 1 or bins < 2:
-            raise ConfigError(f"layers={layers} must be at least 1, bins={bins} at least 2")
-        if not bound > 0:
-            raise ConfigError(f"bound={bound} must be positive: it limits the parameters of the splines")
-        self.bins, self.bound = bins, bound
-        self.masks = [self._mask(layer) for layer in range(layers)]
-        size = shape[0]
-        self.networks = nn.ModuleList(
-            network((size + int(mask.sum()),), (int((~mask).sum()) * (3 * bins - 1),)) for mask in self.masks
-        )
-
-    def _mask(self, layer: int) -> Tensor:
-        size = self.shape[0]
-        return (torch.arange(size) + layer) % 2 == 0 if size > 1 else torch.zeros(1, dtype=torch.bool)
-
-    def _layers(self, t: Tensor, x: Tensor) -> list[Any]:
-        from zuko.transforms import CouplingTransform, DependentTransform, MonotonicRQSTransform
-
-        time = t * (1 - t)
-
-        def layer(network: nn.Module, mask: Tensor) -> CouplingTransform:
-            def spline(given: Tensor) -> DependentTransform:
-                raw = time[:, None] * self.bound * torch.tanh(network(torch.cat([x, given], 1), t) / self.bound)
-                parts = raw.unflatten(1, (-1, 3 * self.bins - 1)).split([self.bins, self.bins, self.bins - 1], dim=-1)
-                return DependentTransform(MonotonicRQSTransform(*parts), 1)
-
-            return CouplingTransform(spline, mask.to(x.device))
-
-        return [layer(network, mask) for network, mask in zip(self.networks, self.masks, strict=True)]
-
-    def forward(self, eps: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        for layer in self._layers(t, x):
-            eps = layer(eps)
-        return eps
-
-    def inverse(self, u: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        log_det = u.new_zeros(len(u))
-        for layer in reversed(self._layers(t, x)):
-            u = layer.inv(u)
-            log_det = log_det + layer.call_and_ladj(u)[1]
-        return u, log_det
-
-
 class _Halves(nn.Module):
     """The places along dimension 1 that a layer is given and those that it moves, and how to put both back."""
 
@@ -121,45 +50,47 @@ class _Halves(nn.Module):
         for name, places in {"given": given, "moved": moved, "order": torch.cat([given, moved]).argsort()}.items():
             self.register_buffer(name, places, persistent=False)
 
+    def join(self, given: Tensor, moved: Tensor) -> Tensor:
+        """Puts the two parts back in their places."""
+        return torch.cat([given, moved], 1)[:, self.order]
 
-class AffineCoupling(ConditionalFlow):
-    r"""Affine coupling layers with bounded scales on squeezed images (Real NVP, arXiv 1605.08803); for images and vectors.
 
-    .. math:: u_b = \varepsilon_b \exp\big(t(1-t)\, c \tanh(r / c)\big) + t(1-t)\, h,
-        \qquad (r, h) = n\big((x, \varepsilon_a), t\big)
+class Coupling(ConditionalFlow):
+    r"""Layers that each move one half of the dimensions, element by element, given the other half, x and t.
 
-    Images are squeezed, (C, H, W) to (4C, H/2, W/2). Layers take turns with the halves of the channels, split in two ways:
-    by place within the 2x2 blocks (a checkerboard), and by rows.
+    .. math:: u_b = T_\theta(\varepsilon_b), \qquad \theta = n\big((x, \varepsilon_a), t\big)
+
+    A subclass writes :meth:`elementwise`. Layers take turns with the halves. Images are squeezed, (C, H, W) to
+    (4C, H/2, W/2), and halved in two ways: by place within the 2x2 blocks (a checkerboard), and by rows. A vector of one
+    dimension is moved given x and t alone.
 
     Args:
         shape: event shape, (C, H, W) with even H and W, or (D,).
-        network: builds the networks of the layers from (input shape, output shape).
+        network: builds the networks of the layers from (input shape, output shape); each is evaluated as n((x, eps_a), t).
         layers: number of layers.
-        scale_bound: c, the limit of a layer's log scale but for its factor t(1 - t).
+        parameters: number of parameters of T for each dimension.
 
     Raises:
         ConfigError: an image of odd height or width.
     """
 
-    def __init__(
-        self, shape: Shape, network: Callable[[Shape, Shape], nn.Module] = auto, layers: int = 4, scale_bound: float = 4.0
-    ) -> None:
+    def __init__(self, shape: Shape, network: Callable[[Shape, Shape], nn.Module], layers: int, parameters: int) -> None:
         super().__init__(shape)
         if len(shape) == 3 and (shape[1] % 2 or shape[2] % 2):
-            raise ConfigError(f"AffineCoupling halves images, but these are {shape[1]}x{shape[2]}: use even sizes")
-        if layers < 1 or not scale_bound > 0:
-            raise ConfigError(f"layers={layers} must be at least 1 and scale_bound={scale_bound} positive")
-        self.scale_bound = scale_bound
+            raise ConfigError(f"{type(self).__name__} halves images, but these are {shape[1]}x{shape[2]}: use even sizes")
+        if layers < 1:
+            raise ConfigError(f"layers={layers} must be at least 1")
         self.squeezed = (4 * shape[0], shape[1] // 2, shape[2] // 2) if len(shape) == 3 else tuple(shape)
         size, rest = self.squeezed[0], self.squeezed[1:]
         halves = [_Halves(self._mask(layer)) for layer in range(layers)]
         self.halves = nn.ModuleList(halves)
         self.networks = nn.ModuleList(
-            network((size + len(half.given), *rest), (2 * len(half.moved), *rest)) for half in halves
+            network((size + len(half.given), *rest), (parameters * len(half.moved), *rest)) for half in halves
         )
 
-    def _layers(self) -> list[tuple[nn.Module, _Halves]]:
-        return list(zip(self.networks, cast(Iterable[_Halves], self.halves), strict=True))
+    @abc.abstractmethod
+    def elementwise(self, raw: Tensor, time: Tensor) -> Transform:
+        """Returns T from a network's output, (B, parameters * moved, ...), and t(1 - t), broadcastable to it."""
 
     def _mask(self, layer: int) -> Tensor:
         size = self.squeezed[0]
@@ -177,28 +108,95 @@ class AffineCoupling(ConditionalFlow):
     def _unsqueeze(self, image: Tensor) -> Tensor:
         return nn.functional.pixel_shuffle(image, 2) if len(self.squeezed) == 3 else image
 
-    def _scale_and_shift(self, network: nn.Module, given: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        raw, shift = network(torch.cat([x, given], 1), t).chunk(2, dim=1)
-        time = expand_as_event(t * (1 - t), raw)
-        return time * self.scale_bound * torch.tanh(raw / self.scale_bound), time * shift
+    def _layers(self) -> list[tuple[nn.Module, _Halves]]:
+        return list(zip(self.networks, cast(Iterable[_Halves], self.halves), strict=True))
 
     def forward(self, eps: Tensor, t: Tensor, x: Tensor) -> Tensor:
         u, x = self._squeeze(eps), self._squeeze(x)
+        time = expand_as_event(t * (1 - t), u)
         for network, halves in self._layers():
             given, moved = u[:, halves.given], u[:, halves.moved]
-            log_scale, shift = self._scale_and_shift(network, given, t, x)
-            u = torch.cat([given, moved * log_scale.exp() + shift], 1)[:, halves.order]
+            transform = self.elementwise(network(torch.cat([x, given], 1), t), time)
+            u = halves.join(given, transform(moved))
         return self._unsqueeze(u)
 
     def inverse(self, u: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         u, x = self._squeeze(u), self._squeeze(x)
+        time = expand_as_event(t * (1 - t), u)
         log_det = u.new_zeros(len(u))
         for network, halves in reversed(self._layers()):
             given, moved = u[:, halves.given], u[:, halves.moved]
-            log_scale, shift = self._scale_and_shift(network, given, t, x)
-            u = torch.cat([given, (moved - shift) * (-log_scale).exp()], 1)[:, halves.order]
-            log_det = log_det + sum_event(log_scale)
+            transform = self.elementwise(network(torch.cat([x, given], 1), t), time)
+            back = transform.inv(moved)
+            log_det = log_det + sum_event(transform.log_abs_det_jacobian(back, moved))
+            u = halves.join(given, back)
         return self._unsqueeze(u), log_det
+
+
+class SplineCoupling(Coupling):
+    r"""Coupling layers of monotone rational-quadratic splines (arXiv 1906.04032), by zuko; for vectors.
+
+    Outside [-5, 5] the splines are the identity.
+
+    Args:
+        shape: event shape, (D,).
+        network: builds the networks of the layers from (input shape, output shape).
+        layers: number of layers.
+        bins: pieces of each spline.
+        bound: limit of the parameters of the splines but for their factor t(1 - t), reached smoothly through tanh: steep
+            splines lose their inverse in float32.
+
+    Raises:
+        ConfigError: the data are images.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        network: Callable[[Shape, Shape], nn.Module] = auto,
+        layers: int = 4,
+        bins: int = 8,
+        bound: float = 4.0,
+    ) -> None:
+        if len(shape) != 1:
+            raise ConfigError(f"SplineCoupling is for vectors, but the data have shape {shape}: use AffineCoupling")
+        if bins < 2:
+            raise ConfigError(f"bins={bins} must be at least 2")
+        super().__init__(shape, network, layers, 3 * bins - 1)
+        self.bins, self.bound = bins, check_bound(bound)
+
+    def elementwise(self, raw: Tensor, time: Tensor) -> Transform:
+        from zuko.transforms import MonotonicRQSTransform  # slow to import: not at start-up
+
+        parameters = (time * bounded(raw, self.bound)).unflatten(1, (-1, 3 * self.bins - 1))
+        return MonotonicRQSTransform(*parameters.split([self.bins, self.bins, self.bins - 1], dim=-1))
+
+
+class AffineCoupling(Coupling):
+    r"""Affine coupling layers with bounded scales (Real NVP, arXiv 1605.08803); for images and vectors.
+
+    .. math:: u_b = \varepsilon_b \exp\big(t(1-t)\, c \tanh(r / c)\big) + t(1-t)\, h,
+        \qquad (r, h) = n\big((x, \varepsilon_a), t\big)
+
+    Args:
+        shape: event shape, (C, H, W) with even H and W, or (D,).
+        network: builds the networks of the layers from (input shape, output shape).
+        layers: number of layers.
+        bound: c, the limit of a layer's log scale but for its factor t(1 - t).
+
+    Raises:
+        ConfigError: an image of odd height or width.
+    """
+
+    def __init__(
+        self, shape: Shape, network: Callable[[Shape, Shape], nn.Module] = auto, layers: int = 4, bound: float = 4.0
+    ) -> None:
+        super().__init__(shape, network, layers, 2)
+        self.bound = check_bound(bound)
+
+    def elementwise(self, raw: Tensor, time: Tensor) -> Transform:
+        log_scale, shift = raw.chunk(2, dim=1)
+        return AffineTransform(time * shift, (time * bounded(log_scale, self.bound)).exp())
 
 
 def auto_flow(shape: Shape) -> ConditionalFlow:

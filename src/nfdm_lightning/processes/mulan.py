@@ -2,12 +2,18 @@ r"""A noise schedule per dimension that depends on the data (MuLAN, arXiv 2312.1
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
-from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.networks import auto
-from nfdm_lightning.processes.base import AffineProcess, Moments, Shape, expand_as_event
+from nfdm_lightning.processes.base import (
+    AffineProcess,
+    Ends,
+    Moments,
+    Shape,
+    bounded,
+    check_bound,
+    expand_as_event,
+)
 from nfdm_lightning.processes.schedules import VariancePreserving
 
 
@@ -43,31 +49,39 @@ class MuLAN(AffineProcess):
         bound: float = 0.3,
     ) -> None:
         super().__init__(shape)
-        if not bound > 0:
-            raise ConfigError(f"bound={bound} must be positive: it limits the coefficients of the learned schedule")
         self.schedule = VariancePreserving(gamma_min, gamma_max)
-        self.bound = bound
+        self.bound = check_bound(bound)
         self.network = network(self.shape, (3 * self.shape[0], *self.shape[1:]))
 
-    def gamma(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns gamma and its time derivative, each (B, *event), from one evaluation of the network."""
-        raw = self.network(x, x.new_zeros(len(x)))
-        a, b, offset = (self.bound * torch.tanh(raw / self.bound)).chunk(3, dim=1)
-        d, floor, time = 1 + offset, 1e-3, expand_as_event(t, x)
+    def coefficients(self, x: Tensor) -> Tensor:
+        """Returns a, b and d - 1, stacked along the first event dimension: the one evaluation of the network."""
+        return bounded(self.network(x, x.new_zeros(len(x))), self.bound)
+
+    def gamma(self, t: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns gamma and its time derivative, each (B, *event)."""
+        a, b, offset = coefficients.chunk(3, dim=1)
+        d, floor, time = 1 + offset, 1e-3, expand_as_event(t, a)
         powers = (d**2 + floor, b * d, (b**2 + 2 * a * d) / 3, a * b / 2, a**2 / 5)
-        total = sum(powers, x.new_zeros(()))
-        value = x.new_zeros(())
+        total = sum(powers, a.new_zeros(()))
+        value = a.new_zeros(())
         for power in reversed(powers):
             value = (value + power) * time
         span = (self.schedule.gamma_max - self.schedule.gamma_min) / total
         return self.schedule.gamma_min + span * value, span * ((a * time**2 + b * time + d) ** 2 + floor)
 
-    def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        gamma, _ = self.gamma(t, x)
+    def _moments(self, t: Tensor, x: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        gamma, _ = self.gamma(t, coefficients)
         return (-gamma).sigmoid().sqrt() * x, gamma.sigmoid().sqrt()
 
+    def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._moments(t, x, self.coefficients(x))
+
+    def step_moments(self, t: Tensor, s: Tensor, x: Tensor) -> Ends:
+        coefficients = self.coefficients(x)
+        return Ends(*self._moments(t, x, coefficients), *self._moments(s, x, coefficients))
+
     def moments_dt(self, t: Tensor, x: Tensor) -> Moments:
-        gamma, gamma_dt = self.gamma(t, x)
+        gamma, gamma_dt = self.gamma(t, self.coefficients(x))
         alpha, sigma = (-gamma).sigmoid().sqrt(), gamma.sigmoid().sqrt()
         return Moments(alpha * x, sigma, -0.5 * alpha * sigma**2 * gamma_dt * x, 0.5 * sigma * alpha**2 * gamma_dt)
 

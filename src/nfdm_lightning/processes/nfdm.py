@@ -6,9 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.networks import auto
-from nfdm_lightning.processes.base import AffineProcess, Shape, expand_as_event
+from nfdm_lightning.processes.base import AffineProcess, Shape, bounded, check_bound, check_delta, expand_as_event
 
 
 class NFDM(AffineProcess):
@@ -37,17 +36,13 @@ class NFDM(AffineProcess):
         bound: float = 8.0,
     ) -> None:
         super().__init__(shape)
-        if not 0 < delta < 1:
-            raise ConfigError(f"delta={delta} must lie in (0, 1): std(0) = delta pins the path away from zero noise")
-        if not bound > 0:
-            raise ConfigError(f"bound={bound} must be positive: it limits the learned part of log std")
         self.network = network(self.shape, (2 * self.shape[0], *self.shape[1:]))
-        self.delta, self.bound = delta, bound
+        self.delta, self.bound = check_delta(delta), check_bound(bound)
 
     def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = self.network(x, t).chunk(2, dim=1)
         time = expand_as_event(t, x)
-        change = time * (1 - time) * self.bound * torch.tanh(raw / self.bound)
+        change = time * (1 - time) * bounded(raw, self.bound)
         return (1 - time) * (x + time * shift), expand_as_event(self.fixed_std(t), x) * change.exp()
 
     def fixed_std(self, t: Tensor) -> Tensor:

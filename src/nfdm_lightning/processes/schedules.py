@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfdm_lightning.errors import ConfigError
-from nfdm_lightning.processes.base import time_derivative
+from nfdm_lightning.processes.base import check_delta, time_derivative
 
 
 class ScheduleDerivatives(NamedTuple):
@@ -116,9 +116,7 @@ class LinearFlow(Schedule):
 
     def __init__(self, delta: float = 1e-2) -> None:
         super().__init__()
-        if not 0 < delta < 1:
-            raise ConfigError(f"delta={delta} must lie in (0, 1): sigma(0) = delta pins the path away from zero noise")
-        self.delta = delta
+        self.delta = check_delta(delta)
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t + (1 - t) * self.delta
@@ -138,9 +136,7 @@ class Cosine(Schedule):
 
     def __init__(self, delta: float = 1e-2) -> None:
         super().__init__()
-        if not 0 < delta < 1:
-            raise ConfigError(f"delta={delta} must lie in (0, 1): sigma(0) = delta pins the path away from zero noise")
-        self.start = math.asin(delta)
+        self.start = math.asin(check_delta(delta))
         self.rate = math.pi / 2 - self.start
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:

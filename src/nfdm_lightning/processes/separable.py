@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.networks import auto
-from nfdm_lightning.processes.base import AffineProcess, Moments, Shape, expand_as_event
+from nfdm_lightning.processes.base import (
+    AffineProcess,
+    Ends,
+    Moments,
+    Shape,
+    bounded,
+    check_bound,
+    check_delta,
+    expand_as_event,
+)
 
 
 class SeparableNFDM(AffineProcess):
@@ -40,14 +49,10 @@ class SeparableNFDM(AffineProcess):
         bound: float = 8.0,
     ) -> None:
         super().__init__(shape)
-        if not 0 < delta < 1:
-            raise ConfigError(f"delta={delta} must lie in (0, 1): std(0) = delta pins the path away from zero noise")
-        if not bound > 0:
-            raise ConfigError(f"bound={bound} must be positive: it limits the learned part of log std")
         if terms < 1:
             raise ConfigError(f"terms={terms} must be at least 1: the number of basis functions")
         self.network = network(self.shape, (2 * terms * self.shape[0], *self.shape[1:]))
-        self.terms, self.delta, self.bound = terms, delta, bound
+        self.terms, self.delta, self.bound = terms, check_delta(delta), check_bound(bound)
 
     def basis(self, t: Tensor, order: int = 0) -> Tensor:
         """Returns the order-th derivative of every b_k at t (B,), shape (B, K)."""
@@ -74,8 +79,7 @@ class SeparableNFDM(AffineProcess):
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns h and l, each (B, K, *event): the one evaluation of the network."""
         shift, raw = self.network(x, x.new_zeros(len(x))).unflatten(1, (2, self.terms, self.shape[0])).unbind(1)
-        limit = self.bound / self.terms
-        return shift, limit * torch.tanh(raw / limit)
+        return shift, bounded(raw, self.bound / self.terms)
 
     def _series(self, t: Tensor, x: Tensor, shift: Tensor, log_noise: Tensor, order: int) -> tuple[Tensor, Tensor]:
         """Returns the order-th time derivatives of mean and log std."""
@@ -104,6 +108,11 @@ class SeparableNFDM(AffineProcess):
     def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = self._series(t, x, *self.coefficients(x), 0)
         return mean, log_std.exp()
+
+    def step_moments(self, t: Tensor, s: Tensor, x: Tensor) -> Ends:
+        coefficients = self.coefficients(x)
+        (mean_t, log_t), (mean_s, log_s) = (self._series(time, x, *coefficients, 0) for time in (t, s))
+        return Ends(mean_t, log_t.exp(), mean_s, log_s.exp())
 
     def moments_dt(self, t: Tensor, x: Tensor) -> Moments:
         coefficients = self.coefficients(x)

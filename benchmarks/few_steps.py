@@ -1,13 +1,15 @@
 """Straightness and few-step samples on the 8 Gaussians: flow matching, NFDM, NFDM-OT and torchcfm's OT-CFM; prints JSON.
 
-    python benchmarks/few_steps.py [--seeds 3] [--steps 1500] [--methods nfdm_ot ...] [--out FILE]
+    python benchmarks/few_steps.py [--seeds 3] [--steps 1500] [--methods nfdm_ot ...] [--set SETTING ...] [--out FILE]
 
 Predictors of equal size, equal steps, batches and learning rates; NFDM and NFDM-OT have a forward network besides, which
 every evaluation runs too. ``gaussian_fm`` is flow matching's linear path trained on our bound, not its uniform loss.
 ``curvature`` is the mean of |d/dt f(z_t, t)|^2 along the model's own trajectories (Heun, 100 steps, by forward-mode
 autodiff); ``curvature_inner`` the same over t in [0.05, 0.95]. ``sw2_K`` is the sliced 2-Wasserstein distance of 4,096
-samples in K Euler steps of the ODE to fresh data, mean of three draws; ``sw2_fresh`` that between two fresh draws. Needs the
-development dependencies (torchcfm).
+samples in K Euler steps of the ODE to fresh data, mean of three draws; ``sw2_fresh`` that between two fresh draws;
+``sw2_sde`` that of the SDE (Ancestral, 200 steps). ``gap_T`` is the sliced distance of the ODE's states at time T (Euler, 100
+steps) to those of the forward process. ``nfdm_curvature`` is NFDM with the penalty alone. Settings go to every configured
+method, as ``--set model.process.weight=0.1``. Needs the development dependencies (torchcfm).
 """
 
 import argparse
@@ -25,15 +27,19 @@ from nfdm_lightning.data import EightGaussians
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.networks import ResidualMLP
 from nfdm_lightning.processes.penalties import Velocity, acceleration
+from nfdm_lightning.reverse import ReverseProcess
+from nfdm_lightning.solvers import Ancestral
 from plugins_on_toy2d import REPEATS, sliced_wasserstein
 
 CONFIGURATIONS = {
     "gaussian_fm": ("toy2d_gaussian", ["--model.process.schedule=LinearFlow"]),
     "nfdm": ("toy2d_nfdm", []),
+    "nfdm_curvature": ("toy2d_nfdm", ["--model.penalties+=Curvature"]),
     "nfdm_ot": ("toy2d_nfdm_ot", []),
 }
 METHODS = (*CONFIGURATIONS, "ot_cfm")
 STEPS = (1, 2, 4, 8, 16, 100)
+GAPS = (0.99, 0.75, 0.5, 0.25)
 
 
 class OTCFM:
@@ -70,9 +76,9 @@ class OTCFM:
 
 
 @torch.no_grad()
-def euler(flow: Velocity, z: Tensor, steps: int) -> Tensor:
-    """Solves the ODE from t = 1 to 0 in equal steps."""
-    for k in range(steps):
+def euler(flow: Velocity, z: Tensor, steps: int, take: int | None = None) -> Tensor:
+    """Solves the ODE from t = 1 to 0 in equal steps; stops after the first ``take`` of them."""
+    for k in range(steps if take is None else take):
         z = z - flow.velocity(z, torch.full((len(z),), 1 - k / steps)) / steps
     return z
 
@@ -107,7 +113,25 @@ def measure(flow: Velocity, seed: int, number: int = 4096) -> dict[str, float]:
     return results
 
 
-def run(method: str, seed: int, steps: int, scratch: Path) -> dict[str, float]:
+@torch.no_grad()
+def measure_model(reverse: ReverseProcess, seed: int, number: int = 4096) -> dict[str, float]:
+    """Returns the distance of SDE samples, and of the ODE's states to the forward process's."""
+    generator, data = torch.Generator().manual_seed(98765 + seed), EightGaussians()
+    results = dict.fromkeys(["sw2_sde", *(f"gap_{t}" for t in GAPS)], 0.0)
+    for _ in range(REPEATS):
+        fresh = data.sample(number, generator)
+        z = torch.randn(number, 2, generator=generator)
+        samples = Ancestral(nfe=200).solve(reverse, z, generator).z
+        results["sw2_sde"] += sliced_wasserstein(samples, fresh) / REPEATS
+        for t in GAPS:
+            eps = torch.randn(number, 2, generator=generator)
+            forward = reverse.process.transform(eps, torch.full((number,), t), fresh)
+            states = euler(reverse, z, 100, round(100 * (1 - t)))
+            results[f"gap_{t}"] += sliced_wasserstein(states, forward) / REPEATS
+    return results
+
+
+def run(method: str, seed: int, steps: int, settings: list[str], scratch: Path) -> dict[str, float]:
     """Trains one method with one seed and measures it."""
     begin = time.monotonic()
     results: dict[str, float] = {}
@@ -117,8 +141,11 @@ def run(method: str, seed: int, steps: int, scratch: Path) -> dict[str, float]:
     else:
         config, extra = CONFIGURATIONS[method]
         model: NeuralDiffusion
-        model, results = train_and_test(config, seed, steps, scratch / f"{method}_{seed}", extra)
+        model, results = train_and_test(
+            config, seed, steps, scratch / f"{method}_{seed}", [*extra, *(f"--{setting}" for setting in settings)]
+        )
         flow = model.reverse
+        results |= measure_model(model.reverse, seed)
     return {**results, "seconds": round(time.monotonic() - begin, 1), **measure(flow, seed)}
 
 
@@ -128,11 +155,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--set", nargs="*", default=[], help="more settings, such as model.process.weight=0.1")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        one = partial(run, steps=chosen.steps, scratch=Path(scratch))
-        report({"steps": chosen.steps, "methods": compare(one, chosen.methods, chosen.seeds)}, chosen.out)
+        one = partial(run, steps=chosen.steps, settings=chosen.set, scratch=Path(scratch))
+        report({"steps": chosen.steps, "set": chosen.set, "methods": compare(one, chosen.methods, chosen.seeds)}, chosen.out)
 
 
 if __name__ == "__main__":

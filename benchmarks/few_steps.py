@@ -7,7 +7,7 @@ every evaluation runs too. ``gaussian_fm`` is flow matching's linear path traine
 ``curvature`` is the mean of |d/dt f(z_t, t)|^2 along the model's own trajectories (Heun, 100 steps, by forward-mode
 autodiff); ``curvature_inner`` the same over t in [0.05, 0.95]. ``sw2_K`` is the sliced 2-Wasserstein distance of 4,096
 samples in K Euler steps of the ODE to fresh data, mean of three draws; ``sw2_fresh`` that between two fresh draws;
-``sw2_sde`` that of the SDE (Ancestral, 200 steps). ``gap_T`` is the sliced distance of the ODE's states at time T (Euler, 100
+``sw2_sde`` that of the SDE (Ancestral, 200 steps). ``gap_T`` is the sliced distance of the ODE's states at time T (100 Euler
 steps) to those of the forward process. ``nfdm_curvature`` is NFDM with the penalty alone. Settings go to every configured
 method, as ``--set model.process.weight=0.1``. Needs the development dependencies (torchcfm).
 """

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nfdm_lightning.errors import ConfigError
 
@@ -66,6 +67,13 @@ def sum_event(values: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Lets what is inside be differentiated in forward mode: fused attention cannot, so its plain form is chosen."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextlib.contextmanager
 def _outside_inference_mode() -> Iterator[None]:
     """Leaves inference mode for no_grad: in it, torch 2.11 differentiates everything to zero without a word."""
     if torch.is_inference_mode_enabled():
@@ -81,7 +89,7 @@ def time_derivative(function: Callable[[Tensor], Any], t: Tensor) -> tuple[Any, 
     The one place where time derivatives are taken. Differentiable in parameters and inputs once more.
     """
     t = t.contiguous()  # forward mode refuses an expanded tensor
-    with _outside_inference_mode():
+    with _outside_inference_mode(), forward_mode():
         value, derivative = torch.func.jvp(function, (t,), (torch.ones_like(t),))[:2]
     return value, derivative
 

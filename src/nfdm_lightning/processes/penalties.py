@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nfdm_lightning.errors import ConfigError
-from nfdm_lightning.processes.base import sum_event
+from nfdm_lightning.processes.base import forward_mode, sum_event
 
 if TYPE_CHECKING:  # a penalty is handed the model; it does not need to know its class
     from nfdm_lightning.reverse import ReverseProcess
@@ -98,7 +98,7 @@ def acceleration(model: Velocity, z: Tensor, t: Tensor) -> Tensor:
     r"""Returns :math:`\partial_t f + (\partial_z f) f`, (B, *event), for the velocity f(z, t) of a model."""
     direction = model.velocity(z, t)
     wanted = torch.is_grad_enabled()
-    with torch.enable_grad():  # without it torch has no second forward-mode derivative of SiLU
+    with torch.enable_grad(), forward_mode():  # without a graph torch has no second forward-mode derivative of SiLU
         derivative = torch.func.jvp(model.velocity, (z, t.contiguous()), (direction, torch.ones_like(t)))[1]
     return derivative if wanted else derivative.detach()
 

@@ -67,7 +67,7 @@ def low_discrepancy_times(number: int, like: Tensor, generator: torch.Generator 
 def diffusion_loss(reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     r"""Returns :math:`|b - \hat b|^2 / (2 g^2)` at the times t in nats, (B,), and the states z_t, (B, *event)."""
     g2 = reverse.g2(t)
-    at_x = reverse.process.path(eps, t, x)
+    at_x = reverse.path(eps, t, x)
     at_x_hat = reverse.point(at_x.z, t)
     difference = drift(at_x, g2) - drift(at_x_hat, g2)
     return sum_event(difference**2 / (2 * expand_as_event(g2, difference))), at_x.z

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,7 +18,7 @@ from nfdm_lightning.decoder import Decoder, DiscreteDecoder, GaussianDecoder
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.predictor import DataSpec, Predictor, XPrediction
 from nfdm_lightning.processes import NFDM, ForwardProcess, Penalty
-from nfdm_lightning.processes.base import Shape
+from nfdm_lightning.processes.base import AffineProcess, Shape
 from nfdm_lightning.reverse import ReverseProcess, check_time_differentiable
 from nfdm_lightning.seeding import mixed_seed
 from nfdm_lightning.solvers import Ancestral, Solution, Solver
@@ -46,13 +46,20 @@ class NeuralDiffusion(LightningModule):
         volatility: builds g(t).
         decoder_std: for continuous data, the standard deviation of p(x | z_0); None takes the process's noise at t = 0.
         lr: peak learning rate of AdamW.
+        process_lr: the same for the parameters of the forward process; None is ``lr``.
         weight_decay: of AdamW.
         warmup_steps: steps of linear warm-up.
-        cosine: whether the learning rate falls to a hundredth over the run by a half cosine.
+        decay: how the learning rates fall over the run: to a hundredth by a half ``cosine`` or a ``linear`` line, or not at
+            all, ``constant``.
         betas: of AdamW.
         penalties: costs on the paths, added to the bound in training: Curvature, Obstacle, or a Penalty of your own.
         discrete_steps: T, to train and evaluate the bound of T discrete steps (NDM's first formulation; sample it with
             ``Ancestral`` in T evaluations); None is continuous time.
+        channels_last: whether convolutions keep images with their channels last, which is faster on a GPU.
+        compile: whether training runs the predictor's network through ``torch.compile``; the forward process, which is
+            differentiated in t, is never compiled.
+        checkpoint_process: whether the backward pass evaluates the forward process anew instead of keeping its activations:
+            less memory, more time. The predictor's network has a switch of its own, ``checkpointing``.
 
     Raises:
         ConfigError: the shape is missing or not a shape, or a part does not fit the data.
@@ -68,12 +75,16 @@ class NeuralDiffusion(LightningModule):
         volatility: Callable[[], Volatility] = LearnedVolatility,
         decoder_std: float | None = None,
         lr: float = 1e-3,
+        process_lr: float | None = None,
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
-        cosine: bool = True,
+        decay: Literal["cosine", "linear", "constant"] = "cosine",
         betas: tuple[float, float] = (0.9, 0.99),
         penalties: list[Callable[[], Penalty]] | None = None,
         discrete_steps: int | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+        checkpoint_process: bool = False,
     ) -> None:
         super().__init__()
         if shape is None or len(shape) not in (1, 3) or min(shape) < 1:
@@ -96,7 +107,17 @@ class NeuralDiffusion(LightningModule):
             if penalty.takes_derivatives:
                 owner = f"{type(penalty).__name__} differentiates the predictor"
                 check_time_differentiable(self.reverse.predictor, owner, deterministic=False)
+                if compile:
+                    raise ConfigError(f"model.compile=true: {owner} in t, which torch cannot compile: set compile to false")
         self.discrete_steps = discrete_steps
+        if checkpoint_process and not isinstance(built, AffineProcess):
+            raise ConfigError(
+                f"model.checkpoint_process=true: {type(built).__name__} is not affine in the noise, and torch cannot checkpoint "
+                "the gradient that its score takes: set it to false"
+            )
+        self.reverse.checkpoint_process = checkpoint_process
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
         self.decoder: Decoder = GaussianDecoder(decoder_std) if levels is None else DiscreteDecoder(levels)
         self._seed: int | None = None
         self.last_terms: BoundTerms | None = None
@@ -128,7 +149,9 @@ class NeuralDiffusion(LightningModule):
         """
         self._check(x)
         x = x.to(self.dtype)  # normalised after the trainer has converted the batch to its precision
-        return variational_bound(self.reverse, self.decoder, x, draws or random_draws(self.target(x)), self.discrete_steps)
+        draws = draws or random_draws(self.target(x))
+        with self.reverse.full_precision(x.device):
+            return variational_bound(self.reverse, self.decoder, x, draws, self.discrete_steps)
 
     def target(self, batch: Tensor) -> Tensor:
         """Returns what is to be generated, (B, *event): the batch itself, or the first of each pair for a bridge."""
@@ -149,6 +172,8 @@ class NeuralDiffusion(LightningModule):
         )
 
     def on_fit_start(self) -> None:
+        if self.hparams["compile"]:
+            self.reverse.predictor.network.compile()
         if self._seed is None:
             self._seed = torch.initial_seed() % 2**31
 
@@ -160,12 +185,14 @@ class NeuralDiffusion(LightningModule):
 
     def on_train_start(self) -> None:
         # a resumed optimiser and scheduler bring the learning rate of the stopped run: the one now asked for counts
-        scheduler, lr = self.lr_schedulers(), self.hparams["lr"]
-        if isinstance(scheduler, LambdaLR) and scheduler.base_lrs != [lr]:
-            scheduler.base_lrs = [lr]
-            for group in scheduler.optimizer.param_groups:
-                group["initial_lr"] = lr
-                group["lr"] = lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, LambdaLR):
+            wanted = [group["lr"] for group in self._parameter_groups()]
+            if scheduler.base_lrs != wanted:
+                scheduler.base_lrs = wanted
+                for lr, group in zip(wanted, scheduler.optimizer.param_groups, strict=True):
+                    group["initial_lr"] = lr
+                    group["lr"] = lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
 
     def step_generator(self) -> torch.Generator:
         """Returns the random numbers of the current training step.
@@ -177,9 +204,10 @@ class NeuralDiffusion(LightningModule):
         return torch.Generator().manual_seed(mixed_seed(self._seed, batches, self.global_rank))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        terms = self.bound(batch, random_draws(self.target(batch).to(self.dtype), self.step_generator()))
+        with self.reverse.full_precision(batch.device):
+            terms = self.bound(batch, random_draws(self.target(batch).to(self.dtype), self.step_generator()))
+            loss = terms.nats.mean() + self._penalty(batch, terms)
         self.last_terms = terms.detach()
-        loss = terms.nats.mean() + self._penalty(batch, terms)
         bits = bits_per_dim(terms.nats.detach().mean(), self.dimensions)
         self.log("train/bits_per_dim", bits, prog_bar=True, batch_size=len(batch))
         self.log_dict(
@@ -243,23 +271,38 @@ class NeuralDiffusion(LightningModule):
             source = source.to(next(self.parameters()))
         reverse = self.reverse.given(source)
         z = reverse.prior(number, generator)
-        solution = (solver or Ancestral()).solve(reverse, z, generator, trajectory)
+        with reverse.full_precision(z.device):
+            solution = (solver or Ancestral()).solve(reverse, z, generator, trajectory)
         alpha, _ = self.reverse.process.reference(z.new_zeros(1))
         return self.decoder.mode(solution.z, alpha[0]), solution
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns the parameters of the reverse and, where there are any, the forward process, with their peak rates."""
+        hp, process = self.hparams, {id(parameter) for parameter in self.reverse.process.parameters()}
+        groups = [
+            {"name": "reverse", "lr": hp["lr"], "params": [p for p in self.parameters() if id(p) not in process]},
+            {
+                "name": "forward",
+                "lr": hp["lr"] if hp["process_lr"] is None else hp["process_lr"],
+                "params": [p for p in self.parameters() if id(p) in process],
+            },
+        ]
+        return [group for group in groups if group["params"]]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hp = self.hparams
         optimizer = torch.optim.AdamW(
-            self.parameters(), lr=hp["lr"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"]
+            self._parameter_groups(), lr=hp["lr"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"]
         )
         total = self.trainer.estimated_stepping_batches
-        factor = partial(_lr_factor, warmup=hp["warmup_steps"], total=total if hp["cosine"] else float("inf"))
+        factor = partial(_lr_factor, warmup=hp["warmup_steps"], total=total, decay=hp["decay"])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
-def _lr_factor(step: int, warmup: int, total: float) -> float:
-    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(step / total, 1.0))).item())
-    return min(1.0, (step + 1) / max(warmup, 1)) * (0.01 + 0.99 * cosine)
+def _lr_factor(step: int, warmup: int, total: float, decay: str) -> float:
+    done = min(step / total, 1.0)
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[decay]
+    return min(1.0, (step + 1) / max(warmup, 1)) * (0.01 + 0.99 * left)
 
 
 def describe(value: Any) -> Any:

@@ -5,10 +5,13 @@ r"""The generative model that a process, a predictor and a volatility induce.
 with x_hat = x_hat(z, t) (NFDM, arXiv 2404.12940, section 3.2), and the ODE :math:`dz = f(z, t, \hat x)\, dt`.
 """
 
+import contextlib
 import copy
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.predictor import Predictor
@@ -68,6 +71,9 @@ class ReverseProcess(nn.Module):
         self.predictor = predictor
         self.volatility = volatility
         self.source: Tensor | None = None
+        self.checkpoint_process = False
+        """Whether the backward pass evaluates the forward process anew instead of keeping its activations."""
+        self._autocast: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,6 +86,23 @@ class ReverseProcess(nn.Module):
         conditioned.source = source
         return conditioned
 
+    @contextlib.contextmanager
+    def full_precision(self, device: torch.device) -> Iterator[None]:
+        """Confines autocast to the predictor: the forward process and the objective stay in the parameters' precision.
+
+        The loss is a difference of two evaluations of the process over a small g: in bfloat16 it is rounding that is left of
+        it where t is small (measured by benchmarks/precision.py).
+        """
+        if not torch.is_autocast_enabled(device.type):
+            yield
+            return
+        self._autocast = torch.get_autocast_dtype(device.type)
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            self._autocast = None
+
     def g2(self, t: Tensor) -> Tensor:
         """Returns g^2(t), (B,)."""
         return self.volatility(t, self.process.reference_g2(t))
@@ -88,12 +111,25 @@ class ReverseProcess(nn.Module):
         """Returns the predicted data in the form that the process takes: (B, *event), or (B, 2, *event) with the source."""
         self._check_source()
         state = z - self.process.offset(t, self.source)
-        prediction = self.predictor(state, t, *self.process.reference(t), self.source)
+        reference = self.process.reference(t)
+        mixed = contextlib.nullcontext() if self._autocast is None else torch.autocast(z.device.type, self._autocast)
+        with mixed:
+            prediction = self.predictor(state, t, *reference, self.source)
         return self.process.join(prediction, self.source)
+
+    def path(self, eps: Tensor, t: Tensor, x: Tensor) -> PathPoint:
+        """Returns the point of the forward process at the data x."""
+        return self._evaluate(self.process.path, eps, t, x)
 
     def point(self, z: Tensor, t: Tensor) -> PathPoint:
         """Returns velocity and score of the model: those of the forward process at x_hat(z, t)."""
-        return self.process.path_at(z, t, self.x_hat(z, t))
+        return self._evaluate(self.process.path_at, z, t, self.x_hat(z, t))
+
+    def _evaluate(self, function: Callable[[Tensor, Tensor, Tensor], PathPoint], *state: Tensor) -> PathPoint:
+        # around the time derivative: checkpoints inside it are not supported by torch
+        if self.checkpoint_process and torch.is_grad_enabled():
+            return checkpoint(function, *state, use_reentrant=False)
+        return function(*state)
 
     def velocity(self, z: Tensor, t: Tensor) -> Tensor:
         """Returns the drift of the model's ODE, (B, *event)."""

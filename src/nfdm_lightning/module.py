@@ -112,8 +112,8 @@ class NeuralDiffusion(LightningModule):
         self.discrete_steps = discrete_steps
         if checkpoint_process and not isinstance(built, AffineProcess):
             raise ConfigError(
-                f"model.checkpoint_process=true: {type(built).__name__} is not affine in the noise, and torch cannot checkpoint "
-                "the gradient that its score takes: set it to false"
+                f"model.checkpoint_process=true: {type(built).__name__} is not affine in the noise, and torch cannot "
+                "checkpoint the gradient that its score takes: set it to false"
             )
         self.reverse.checkpoint_process = checkpoint_process
         if channels_last:

@@ -1,7 +1,9 @@
 """What every DataModule shares: shape, levels and scale for the model, resumable loaders, normalisation on the device."""
 
 import abc
+import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,35 +13,80 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.seeding import mixed_seed
+
+SPLITS = ("train", "val", "test")
+_VARIANTS = 0x9A125  # begins the seeds of variants, so that they share no stream with the noise of training
 
 
-class ArrayDataset(Dataset[Tensor]):
-    """Samples in one tensor, (N, *event); a whole batch is fetched by one indexing."""
+class Samples(Dataset[Tensor], abc.ABC):
+    """Samples that come in :attr:`variants`, such as mirrored: number i + N v is variant v of sample i of N."""
 
-    def __init__(self, array: Tensor) -> None:
-        self.array = array
+    @property
+    def variants(self) -> int:
+        """Number of variants of each sample, all equally likely in training; variant 0 is the sample itself."""
+        return 1
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def fetch(self, samples: Tensor, variants: Tensor) -> Tensor:
+        """Returns the given variants (B,) of the given samples (B,), (B, *event)."""
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: list[int]) -> Tensor:
+        places = torch.as_tensor(numbers)
+        return self.fetch(places % len(self), places // len(self))
+
+
+class ArrayDataset(Samples):
+    """Samples in one tensor, (N, *event); a whole batch is fetched by one indexing.
+
+    Args:
+        array: the samples.
+        flip: whether images, (..., W), have a second variant, mirrored left to right.
+    """
+
+    def __init__(self, array: Tensor, flip: bool = False) -> None:
+        self.array, self.flip = array, flip
+
+    @property
+    def variants(self) -> int:
+        return 2 if self.flip else 1
 
     def __len__(self) -> int:
         return len(self.array)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.array[index]
-
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        return self.array[torch.as_tensor(indices)]
+    def fetch(self, samples: Tensor, variants: Tensor) -> Tensor:
+        batch, mirrored = self.array[samples], variants == 1
+        if mirrored.any():
+            batch[mirrored] = batch[mirrored].flip(-1)
+        return batch
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Shuffles by (seed, epoch) and starts at a given position of this rank's part."""
+    """Shuffles by (seed, epoch), draws the variant of each place by (seed, epoch, rank), and starts at a given place."""
 
     begin = 0
 
-    def indices(self) -> list[int]:
-        """Returns the whole epoch of this rank."""
-        return list(super().__iter__())
+    def __init__(self, dataset: Samples, **settings: Any) -> None:
+        super().__init__(dataset, **settings)
+        self.samples = dataset
+
+    def numbers(self) -> Tensor:
+        """Returns the whole epoch of this rank, as numbers of samples in their variants."""
+        places = torch.tensor(list(super().__iter__()))
+        if self.samples.variants == 1:
+            return places
+        generator = torch.Generator().manual_seed(mixed_seed(_VARIANTS, self.seed, self.epoch, self.rank))
+        variants = torch.randint(self.samples.variants, (len(places),), generator=generator)
+        return places + len(self.samples) * variants
 
     def __iter__(self) -> Iterator[int]:
-        yield from self.indices()[self.begin :]
+        yield from self.numbers()[self.begin :].tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Ignores the trainer's epoch, set after the iterator exists: the loader keeps its own."""
@@ -117,14 +164,20 @@ class DataModule(LightningDataModule, abc.ABC):
         eval_batch_size: samples per step and process in validation, test and prediction.
         num_workers: loader processes; 0 is fastest for data in memory.
         seed: of the order of the data.
+        flip: whether training images are mirrored left to right at random, by (seed, epoch, process, place).
     """
 
-    def __init__(self, batch_size: int = 128, eval_batch_size: int = 512, num_workers: int = 0, seed: int = 0) -> None:
+    version: str | None = None
+    """Which of several data sets of the same name this is."""
+
+    def __init__(
+        self, batch_size: int = 128, eval_batch_size: int = 512, num_workers: int = 0, seed: int = 0, flip: bool = False
+    ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} and eval_batch_size={eval_batch_size} must be at least 1")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.seed, self.flip = num_workers, seed, flip
 
     @property
     @abc.abstractmethod
@@ -174,13 +227,42 @@ class DataModule(LightningDataModule, abc.ABC):
         samples = self.raw(split)
         return self.normalise(samples[torch.arange(number) % len(samples)])
 
-    def train_dataset(self) -> Dataset[Tensor]:
-        """Returns the training samples."""
-        return ArrayDataset(self.raw("train"))
+    def labels(self, split: str) -> Tensor | None:
+        """Returns the classes of a split, (N,) int64, in the order of :meth:`raw`; None where there are none."""
+        return None
 
-    def train_sampler(self, data: Dataset[Tensor], **settings: Any) -> EpochSampler:
-        """Returns the order of the training samples; the settings are those of torch's DistributedSampler."""
-        return EpochSampler(data, **settings)
+    @cached_property
+    def checksum(self) -> str:
+        """What the splits hold, as a key for what is computed from them; flips and the order of batches do not count."""
+        digest = hashlib.md5(usedforsecurity=False)
+        for name in SPLITS:
+            samples = self.raw(name).contiguous()
+            digest.update(f"{name} {samples.dtype} {tuple(samples.shape)}".encode())
+            digest.update(samples.numpy().data)
+        return digest.hexdigest()
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the number of samples of each split."""
+        return {name: len(self.raw(name)) for name in SPLITS}
+
+    def record(self) -> dict[str, Any]:
+        """Returns what the data are, in plain JSON values, for reports."""
+        return {
+            "class": type(self).__name__,
+            "version": self.version,
+            "shape": list(self.shape),
+            "levels": self.levels,
+            "sizes": self.sizes(),
+            "classes": None,
+            "flip": self.flip,
+            "checksum": self.checksum,
+        }
+
+    def train_dataset(self) -> Samples:
+        """Returns the training samples, with their mirror images if ``flip`` is set."""
+        if self.flip and len(self.shape) != 3:
+            raise ConfigError(f"flip=true mirrors images, but the samples have shape {self.shape}: set --data.flip=false")
+        return ArrayDataset(self.raw("train"), self.flip)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
@@ -188,7 +270,7 @@ class DataModule(LightningDataModule, abc.ABC):
     def train_dataloader(self) -> ResumableLoader:
         """Returns the shuffled training batches of this rank; the last, incomplete batch is left out."""
         data, (replicas, rank) = self.train_dataset(), self._ranks()
-        sampler = self.train_sampler(data, num_replicas=replicas, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
+        sampler = EpochSampler(data, num_replicas=replicas, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
         if len(sampler) < self.batch_size:
             raise ConfigError(
                 f"data.batch_size={self.batch_size} is more than the {len(sampler)} training samples of a process: "

@@ -1,54 +1,48 @@
 """Pairs of data and source for bridges, made of any two DataModules."""
 
-from collections.abc import Iterator
+import hashlib
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from nfdm_lightning.data.base import DataModule, EpochSampler
+from nfdm_lightning.data.base import SPLITS, ArrayDataset, DataModule, Samples
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.seeding import mixed_seed
 
-_SPLITS = ("train", "val", "test")
-_PARTNERS = 0x9A125  # begins the seeds of partners, so that they share no stream with the noise of training
+_PARTNERS = 0x9A125  # begins the seeds of fixed partners
 
 
-class _UnpairedDataset(Dataset[Tensor]):
-    """All combinations of a target and a source: number i + N j is target i of N with source i + j."""
+class _Unpaired(Samples):
+    """Targets, each with any of S sources: variant j + S v has the source at distance j, and v numbers the mirrorings.
 
-    def __init__(self, targets: Tensor, sources: Tensor) -> None:
+    A fresh variant per epoch means that no model can learn a pairing by heart.
+    """
+
+    def __init__(self, targets: ArrayDataset, sources: ArrayDataset) -> None:
         self.targets, self.sources = targets, sources
+
+    @property
+    def variants(self) -> int:
+        return len(self.sources) * self.targets.variants * self.sources.variants
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        number = torch.as_tensor(indices)
-        target, turn = number % len(self), number // len(self)
-        return torch.stack([self.targets[target], self.sources[(target + turn) % len(self.sources)]], 1)
-
-
-class _PartnerSampler(EpochSampler):
-    """Every target once per epoch, with a partner drawn by (seed, epoch, rank): no model can learn a pairing by heart."""
-
-    def __iter__(self) -> Iterator[int]:
-        targets = torch.tensor(self.indices())
-        assert isinstance(self.dataset, _UnpairedDataset)
-        generator = torch.Generator().manual_seed(mixed_seed(_PARTNERS, self.seed, self.epoch, self.rank))
-        partners = torch.randint(len(self.dataset.sources), (len(targets),), generator=generator)
-        yield from (targets + len(self.dataset) * partners)[self.begin :].tolist()
+    def fetch(self, samples: Tensor, variants: Tensor) -> Tensor:
+        partners = (samples + variants % len(self.sources)) % len(self.sources)
+        mirrorings = variants // len(self.sources)
+        targets = self.targets.fetch(samples, mirrorings % self.targets.variants)
+        return torch.stack([targets, self.sources.fetch(partners, mirrorings // self.targets.variants)], 1)
 
 
 class Pairs(DataModule):
     """Pairs (target, source) of two data sets, (B, 2, *event): a bridge runs from the source to the target.
 
     Unpaired, every target meets a fresh random source in each epoch, and a fixed one in validation and test. Paired, sample
-    i of the one belongs to sample i of the other. Levels and scale are those of the target.
+    i of the one belongs to sample i of the other. Levels and scale are those of the target. Each part that has ``flip`` set
+    is mirrored at random, on its own if unpaired; paired parts are mirrored together.
 
     Args:
         target: what is to be generated.
@@ -60,7 +54,7 @@ class Pairs(DataModule):
         seed: of the order and of the random pairs.
 
     Raises:
-        ConfigError: the two differ in shape, or, where they are paired, in size.
+        ConfigError: the two differ in shape, or, where they are paired, in size or in ``flip``.
     """
 
     def __init__(
@@ -73,11 +67,13 @@ class Pairs(DataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(batch_size, eval_batch_size, num_workers, seed, target.flip or source.flip)
         if target.shape != source.shape:
             raise ConfigError(
                 f"Pairs: the target has shape {target.shape}, the source {source.shape}; a bridge needs equal ones"
             )
+        if paired and target.flip != source.flip:
+            raise ConfigError("Pairs: paired samples are mirrored together: set flip of both parts, or of neither")
         self.target, self.source, self.paired = target, source, paired
 
     @property
@@ -91,6 +87,10 @@ class Pairs(DataModule):
     @property
     def data_std(self) -> float:
         return self.target.data_std
+
+    def prepare_data(self) -> None:
+        self.target.prepare_data()
+        self.source.prepare_data()
 
     def _parts(self, split: str) -> tuple[Tensor, Tensor]:
         targets, sources = self.target.raw(split), self.source.raw(split)
@@ -106,23 +106,38 @@ class Pairs(DataModule):
     def _fixed(self, split: str) -> Tensor:
         targets, sources = self._parts(split)
         if not self.paired:
-            seed = mixed_seed(_PARTNERS, self.seed, _SPLITS.index(split))
+            seed = mixed_seed(_PARTNERS, self.seed, SPLITS.index(split))
             order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(seed))
             sources = sources[order[torch.arange(len(targets)) % len(sources)]]
         return torch.stack([targets, sources], 1)
 
     def arrays(self) -> dict[str, Tensor]:
         # unpaired training pairs are made batch by batch: a fixed copy of them would double the memory for nothing
-        return {name: self._fixed(name) for name in _SPLITS if self.paired or name != "train"}
+        return {name: self._fixed(name) for name in SPLITS if self.paired or name != "train"}
 
     def raw(self, name: str) -> Tensor:
         return self._fixed(name) if name == "train" and not self.paired else super().raw(name)
 
-    def train_dataset(self) -> Dataset[Tensor]:
-        return super().train_dataset() if self.paired else _UnpairedDataset(*self._parts("train"))
+    def train_dataset(self) -> Samples:
+        if self.paired:
+            return super().train_dataset()
+        targets, sources = self._parts("train")
+        return _Unpaired(ArrayDataset(targets, self.target.flip), ArrayDataset(sources, self.source.flip))
 
-    def train_sampler(self, data: Dataset[Tensor], **settings: Any) -> EpochSampler:
-        return (EpochSampler if self.paired else _PartnerSampler)(data, **settings)
+    def labels(self, split: str) -> Tensor | None:
+        return self.target.labels(split)
+
+    @cached_property
+    def checksum(self) -> str:
+        parts = f"{self.target.checksum} {self.source.checksum} {self.paired} {self.seed}"
+        return hashlib.md5(parts.encode(), usedforsecurity=False).hexdigest()
+
+    def sizes(self) -> dict[str, int]:
+        return self.target.sizes()
+
+    def record(self) -> dict[str, Any]:
+        parts = {"target": self.target.record(), "source": self.source.record()}
+        return {**super().record(), "paired": self.paired, **parts}
 
     def normalise(self, batch: Tensor) -> Tensor:
         if batch.is_floating_point():

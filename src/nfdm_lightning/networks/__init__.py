@@ -2,10 +2,12 @@
 
 from torch import nn
 
+from nfdm_lightning.networks.dit import DiT
 from nfdm_lightning.networks.mlp import ResidualMLP
 from nfdm_lightning.networks.unet import UNet
+from nfdm_lightning.networks.vdm_unet import VDMUNet
 
-__all__ = ["ResidualMLP", "UNet", "auto"]
+__all__ = ["DiT", "ResidualMLP", "UNet", "VDMUNet", "auto"]
 
 
 def auto(in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> nn.Module:

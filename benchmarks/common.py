@@ -31,8 +31,7 @@ def train_and_test(
     fit = ["fit", *common, f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.max_steps={steps}"]
     if lightning(fit) != 0 or lightning(["test", *common, "--ckpt_path=last"]) != 0:
         raise SystemExit(f"{config}, seed {seed}: the run failed")
-    results: dict[str, Any] = json.loads((folder / "test.json").read_text())
-    del results["checkpoint"]
+    results: dict[str, float] = json.loads((folder / "checkpoints" / "last.test.json").read_text())["metrics"]
     return NeuralDiffusion.load_from_checkpoint(folder / "checkpoints" / "last.ckpt").eval(), results
 
 

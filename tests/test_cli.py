@@ -82,7 +82,7 @@ def test_fit_leaves_a_run_that_test_predict_validate_and_sample_use(run, capsys)
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 3
     assert main(["test", "--config", TOY, *SMALL, "--ckpt_path=last"]) == 0
     printed = capsys.readouterr().out
-    results = json.loads((run / "test.json").read_text())
+    results = json.loads((run / "checkpoints" / "last.test.json").read_text())["metrics"]
     assert f"test bits/dim: {results['test/bits_per_dim']:.4f} +- {results['test/bits_per_dim_se']:.4f}" in printed
     assert results["test/nats"] == pytest.approx(
         sum(results[f"test/{name}_nats"] for name in ("reconstruction", "diffusion", "prior")), rel=1e-5

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
 from conftest import CONFIGS
@@ -82,11 +84,11 @@ def test_two_ranks_train_and_measure_the_bound_of_one(tmp_path, monkeypatch):
     lightning(tmp_path, "fit", *SMALL, *TWO, "--trainer.max_steps=3")
     run = tmp_path / "runs" / "digits_nfdm"
     lightning(tmp_path, "test", *SMALL, *TWO, "--ckpt_path=last")
-    two = json.loads((run / "test.json").read_text())
+    two = json.loads((run / "checkpoints" / "last.test.json").read_text())["metrics"]
     monkeypatch.chdir(tmp_path)
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "last.test.json"}
     assert main(["test", *SMALL, "--trainer.callbacks=null", "--ckpt_path=last"]) == 0
-    one = json.loads((run / "test.json").read_text())
+    one = json.loads((run / "checkpoints" / "last.test.json").read_text())["metrics"]
     assert one.keys() == two.keys()
     for name, value in one.items():
         if isinstance(value, float):
@@ -105,3 +107,47 @@ def test_two_ranks_take_the_gradient_of_the_joint_batch(tmp_path):
     for name, value in one.items():
         error = (two[name] - value).norm() / value.norm().clamp_min(1e-12)
         assert error < 1e-4, f"{name}: {error}"
+
+
+FALLS = """
+import os, signal
+from lightning.pytorch import Callback
+
+class Falls(Callback):
+    def __init__(self, rank: int = 1):
+        self.rank = rank
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        with open(f"pid{trainer.global_rank}", "w") as file:
+            file.write(str(os.getpid()))
+        trainer.strategy.barrier()
+        if trainer.global_rank == self.rank and trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_ends_the_others(tmp_path, rank):
+    (tmp_path / "falls.py").write_text(FALLS)
+    args = ["fit", *SMALL, *TWO, "--trainer.max_steps=1000", "--trainer.limit_train_batches=1.0"]
+    args += [f"--trainer.callbacks=[{{class_path: falls.Falls, init_args: {{rank: {rank}}}}}]"]
+    command = [sys.executable, "-m", "nfdm_lightning", *args]
+    with open(tmp_path / "screen", "w") as screen:  # a pipe would stay open in a process that hangs
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment(), stdout=screen, stderr=subprocess.STDOUT, timeout=300, check=False
+        )
+    assert done.returncode != 0
+    pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in (0, 1)]
+    for _ in range(600):
+        if not any(alive(pid) for pid in pids):
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError(f"still running a minute later: {(tmp_path / 'screen').read_text()}")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False

@@ -32,7 +32,7 @@ def test_bound_and_samples_on_the_eight_gaussians(plugin, tmp_path, monkeypatch)
     args += ["--trainer.enable_progress_bar=false", "--trainer.default_root_dir=run", "--data.batch_size=256"]
     assert main(["fit", *args, "--trainer.max_steps=600", "--trainer.limit_val_batches=0"]) == 0
     assert main(["test", *args, "--ckpt_path=last", "--nll.test_draws=16"]) == 0
-    results = json.loads((tmp_path / "run" / "test.json").read_text())
+    results = json.loads((tmp_path / "run" / "checkpoints" / "last.test.json").read_text())["metrics"]
     excess = results["test/reconstruction_nats"] + results["test/diffusion_nats"] - EightGaussians().entropy()
     assert -3 * results["test/nats_se"] < excess < 1.0
 

@@ -9,10 +9,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from nfdm_lightning.callbacks import EMA, NLL, HealthCheck, SampleGrid, Trajectories
-    from nfdm_lightning.data import DataModule, Digits, Files, Pairs, Toy2D
+    from nfdm_lightning.callbacks import EMA, FID, NLL, HealthCheck, SampleGrid, Trajectories
+    from nfdm_lightning.data import (
+        AFHQ,
+        CIFAR10,
+        MNIST,
+        CelebAHQ,
+        DataModule,
+        Digits,
+        FashionMNIST,
+        Files,
+        ImageNet32,
+        ImageNet64,
+        Pairs,
+        Toy2D,
+    )
     from nfdm_lightning.module import NeuralDiffusion
-    from nfdm_lightning.networks import ResidualMLP, UNet
+    from nfdm_lightning.networks import DiT, ResidualMLP, UNet, VDMUNet
     from nfdm_lightning.predictor import EpsPrediction, LevelPrediction, VPrediction, XPrediction
     from nfdm_lightning.processes import (
         NDM,
@@ -32,10 +45,23 @@ if TYPE_CHECKING:
     from nfdm_lightning.solvers import Adaptive, Ancestral, Euler, EulerMaruyama, Heun, TorchSDE
 
 _HOMES = {
-    "callbacks": ("EMA", "NLL", "HealthCheck", "SampleGrid", "Trajectories"),
-    "data": ("DataModule", "Digits", "Files", "Pairs", "Toy2D"),
+    "callbacks": ("EMA", "FID", "NLL", "HealthCheck", "SampleGrid", "Trajectories"),
+    "data": (
+        "AFHQ",
+        "CIFAR10",
+        "MNIST",
+        "CelebAHQ",
+        "DataModule",
+        "Digits",
+        "FashionMNIST",
+        "Files",
+        "ImageNet32",
+        "ImageNet64",
+        "Pairs",
+        "Toy2D",
+    ),
     "module": ("NeuralDiffusion",),
-    "networks": ("ResidualMLP", "UNet"),
+    "networks": ("DiT", "ResidualMLP", "UNet", "VDMUNet"),
     "predictor": ("EpsPrediction", "LevelPrediction", "VPrediction", "XPrediction"),
     "processes": (
         "NDM",
@@ -56,7 +82,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "AFHQ",
+    "CIFAR10",
     "EMA",
+    "FID",
+    "MNIST",
     "NDM",
     "NFDM",
     "NFDMOT",
@@ -65,18 +95,23 @@ __all__ = [
     "AffineProcess",
     "Ancestral",
     "Bridge",
+    "CelebAHQ",
     "Curvature",
     "DataModule",
+    "DiT",
     "Digits",
     "EpsPrediction",
     "Euler",
     "EulerMaruyama",
+    "FashionMNIST",
     "Files",
     "FlowNFDM",
     "ForwardProcess",
     "Gaussian",
     "HealthCheck",
     "Heun",
+    "ImageNet32",
+    "ImageNet64",
     "LevelPrediction",
     "MuLAN",
     "NeuralDiffusion",
@@ -90,6 +125,7 @@ __all__ = [
     "Toy2D",
     "Trajectories",
     "UNet",
+    "VDMUNet",
     "VPrediction",
     "XPrediction",
 ]

@@ -19,10 +19,19 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 from nfdm_lightning import cli_errors
-from nfdm_lightning.callbacks import EMA, NLL, HealthCheck, LastCheckpoint, PredictionWriter, StopBetweenSteps
+from nfdm_lightning.callbacks import (
+    EMA,
+    NLL,
+    HealthCheck,
+    LastCheckpoint,
+    PredictionWriter,
+    StopBetweenSteps,
+    Throughput,
+)
 from nfdm_lightning.data import DataModule
 from nfdm_lightning.errors import CheckpointError, ConfigError, DataError, NfdmError
 from nfdm_lightning.module import NeuralDiffusion
+from nfdm_lightning.report import build_report, report_path, write_report
 from nfdm_lightning.sampling import add_sample_subcommand, run_sample
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_SIGINT, EXIT_SIGTERM = 1, 2, 130, 143
@@ -78,6 +87,7 @@ class NfdmCLI(LightningCLI):
         parser.add_lightning_class_args(HealthCheck, "health")
         parser.add_lightning_class_args(StopBetweenSteps, "stop")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Throughput, "throughput")
         for name in ("shape", "levels", "data_std"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
@@ -158,14 +168,14 @@ class NfdmCLI(LightningCLI):
             print(f"run folder: {self.trainer.default_root_dir}")
 
     def after_test(self) -> None:
-        """Prints the result in one line and writes it to ``test.json`` in the run's folder."""
-        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        if not self.trainer.is_global_zero or "test/bits_per_dim" not in metrics:
+        """Prints the result in one line and writes the report beside the checkpoint."""
+        if not self.trainer.is_global_zero or "test/bits_per_dim" not in self.trainer.callback_metrics:
             return
-        path = Path(self.trainer.default_root_dir) / "test.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = {"checkpoint": str(self.config[self.subcommand].ckpt_path), **metrics}
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        checkpoint = Path(self.config[self.subcommand].ckpt_path)
+        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        report = build_report(self.trainer, self.model, checkpoint, config.get(self.subcommand, config))
+        path, metrics = report_path(checkpoint), report["metrics"]
+        write_report(report, path)
         print(
             f"test bits/dim: {metrics['test/bits_per_dim']:.4f} +- {metrics['test/bits_per_dim_se']:.4f} "
             f"(bound; standard error over data and draws), written to {path}"

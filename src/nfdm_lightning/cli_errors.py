@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from nfdm_lightning import callbacks, networks
 from nfdm_lightning.data import DataModule, Distribution2D
 from nfdm_lightning.errors import NfdmError
+from nfdm_lightning.features import FeatureExtractor
 from nfdm_lightning.predictor import Predictor
 from nfdm_lightning.processes import ConditionalFlow, ForwardProcess, Penalty, Schedule
 from nfdm_lightning.solvers import Solver
@@ -32,6 +33,8 @@ _BASES: dict[str, type] = {
     "penalties": Penalty,
     "distribution": Distribution2D,
     "solver": Solver,
+    "solvers": Solver,
+    "features": FeatureExtractor,
     "data": DataModule,
     "target": DataModule,
     "source": DataModule,

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from nfdm_lightning.predictor import DataSpec, Predictor, XPrediction
 from nfdm_lightning.processes import NFDM, ForwardProcess, Penalty
 from nfdm_lightning.processes.base import AffineProcess, Shape
 from nfdm_lightning.reverse import ReverseProcess, check_time_differentiable
-from nfdm_lightning.seeding import mixed_seed
+from nfdm_lightning.seeding import Generators, mixed_seed
 from nfdm_lightning.solvers import Ancestral, Solution, Solver
 from nfdm_lightning.volatility import LearnedVolatility, Volatility
 
@@ -248,7 +248,7 @@ class NeuralDiffusion(LightningModule):
         self,
         number: int,
         solver: Solver | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         trajectory: bool = False,
         source: Tensor | None = None,
     ) -> tuple[Tensor, Solution]:
@@ -257,7 +257,7 @@ class NeuralDiffusion(LightningModule):
         Args:
             number: how many.
             solver: how; by default the SDE in 100 steps.
-            generator: CPU generator of the random numbers.
+            generator: CPU generator of the random numbers, or one for each sample, which then does not depend on the rest.
             trajectory: whether the solution keeps every state.
             source: for a bridge, the source samples to start from, (number, *event).
 
@@ -270,6 +270,8 @@ class NeuralDiffusion(LightningModule):
                 raise ConfigError(f"the source samples have shape {tuple(source.shape)}; {expected} was expected")
             source = source.to(next(self.parameters()))
         reverse = self.reverse.given(source)
+        if isinstance(generator, Sequence) and len(generator) != number:
+            raise ConfigError(f"{len(generator)} generators for {number} samples: give one, or one for each sample")
         z = reverse.prior(number, generator)
         with reverse.full_precision(z.device):
             solution = (solver or Ancestral()).solve(reverse, z, generator, trajectory)

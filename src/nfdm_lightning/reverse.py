@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.networks import DiT, UNet, VDMUNet
 from nfdm_lightning.predictor import Predictor
 from nfdm_lightning.processes.base import ForwardProcess, PathPoint, expand_as_event
+from nfdm_lightning.seeding import Generators, standard_normal
 from nfdm_lightning.volatility import Volatility
 
 # grad of jvp is silently wrong in the first group, whose norms have a fused backward; the second is random
 _WRONG_UNDER_JVP = (nn.LayerNorm, nn.modules.batchnorm._NormBase)
 _RANDOM = (nn.modules.dropout._DropoutNd,)
+_CHECKPOINTING = (UNet, VDMUNet, DiT)
 
 
 def check_time_differentiable(module: nn.Module, owner: str, deterministic: bool = True) -> None:
@@ -39,6 +42,11 @@ def check_time_differentiable(module: nn.Module, owner: str, deterministic: bool
             raise ConfigError(
                 f"{owner}: layer '{name}' is a {type(layer).__name__}, whose gradient under a forward-mode time derivative "
                 "is silently wrong; use GroupNorm or RMSNorm"
+            )
+        if isinstance(layer, _CHECKPOINTING) and layer.checkpointing:
+            raise ConfigError(
+                f"{owner}: '{name}' is a {type(layer).__name__} with checkpointing=true, which torch cannot "
+                "differentiate in t: set it to false there; model.checkpoint_process=true saves the memory of the forward process"
             )
         if deterministic and isinstance(layer, _RANDOM):
             raise ConfigError(
@@ -149,9 +157,9 @@ class ReverseProcess(nn.Module):
         if not self.process.takes_source and self.source is not None:
             raise ConfigError(f"{name} is not a bridge: it starts from noise and takes no source samples")
 
-    def prior(self, number: int, generator: torch.Generator | None = None) -> Tensor:
+    def prior(self, number: int, generator: Generators = None) -> Tensor:
         """Draws z_1, (number, *event), on the model's device: from N(0, I), or around the sources of a bridge."""
         self._check_source()
         like = next(self.parameters())
-        noise = torch.randn(number, *self.shape, generator=generator, dtype=like.dtype, device="cpu")
+        noise = standard_normal((number, *self.shape), like.dtype, generator)
         return self.process.prior(noise.to(like.device), self.source)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nfdm_lightning import pictures
 from nfdm_lightning.cli_errors import Parser
-from nfdm_lightning.data import DataModule
+from nfdm_lightning.data import DataModule, to_levels
 from nfdm_lightning.errors import CheckpointError, ConfigError
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.processes import Obstacle
@@ -33,11 +33,6 @@ def load_model(path: Path) -> NeuralDiffusion:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} cannot be loaded: {reason[:400]}") from error
     return model.eval()
-
-
-def to_levels(samples: Tensor, levels: int) -> Tensor:
-    """Maps samples in [-1, 1] back to levels 0 .. L-1, uint8."""
-    return ((samples + 1) * (levels - 1) / 2).round().clamp(0, levels - 1).to(torch.uint8)
 
 
 def sample(

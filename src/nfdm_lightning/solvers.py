@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.processes.base import expand_as_event
 from nfdm_lightning.reverse import ReverseProcess
+from nfdm_lightning.seeding import Generators, standard_normal
 
 
 @dataclass(frozen=True)
@@ -60,28 +61,29 @@ class _Recorder:
 
 
 class _Noise:
-    """Standard normal draws from a CPU generator: one seed, the same samples on every device."""
+    """Standard normal draws from CPU generators: one seed, the same samples on every device.
 
-    def __init__(self, generator: torch.Generator | None) -> None:
+    With a generator for each sample, what a sample draws does not depend on its batch.
+    """
+
+    def __init__(self, generator: Generators) -> None:
         self.generator = generator
 
     def like(self, z: Tensor) -> Tensor:
-        return torch.randn(z.shape, generator=self.generator, dtype=z.dtype).to(z.device)
+        return standard_normal(tuple(z.shape), z.dtype, self.generator).to(z.device)
 
 
 class Solver(abc.ABC):
     """Base of the samplers; a subclass writes :meth:`solve`."""
 
     @abc.abstractmethod
-    def solve(
-        self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, trajectory: bool = False
-    ) -> Solution:
+    def solve(self, reverse: ReverseProcess, z: Tensor, generator: Generators = None, trajectory: bool = False) -> Solution:
         """Carries z from t = 1 to t = 0.
 
         Args:
             reverse: the generative model.
             z: latents at t = 1, (B, *event).
-            generator: CPU generator of the noise.
+            generator: CPU generator of the noise, or one for each sample.
             trajectory: whether to keep every state.
         """
 
@@ -110,9 +112,7 @@ class _FixedGrid(Solver):
         """Returns the state at s < t, both (B,)."""
 
     @torch.no_grad()
-    def solve(
-        self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, trajectory: bool = False
-    ) -> Solution:
+    def solve(self, reverse: ReverseProcess, z: Tensor, generator: Generators = None, trajectory: bool = False) -> Solution:
         noise, recorder = _Noise(generator), _Recorder(trajectory)
         times = _times(self.steps, z)
         recorder.add(1.0, z)
@@ -200,9 +200,7 @@ class Adaptive(Solver):
         self.rtol, self.atol, self.method = rtol, atol, method
 
     @torch.no_grad()
-    def solve(
-        self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, trajectory: bool = False
-    ) -> Solution:
+    def solve(self, reverse: ReverseProcess, z: Tensor, generator: Generators = None, trajectory: bool = False) -> Solution:
         from torchdiffeq import odeint  # imports scipy: not at start-up
 
         nfe = 0
@@ -242,6 +240,8 @@ class _TorchSDEProblem(nn.Module):
 class TorchSDE(Solver):
     """The SDE by torchsde: its methods for additive noise, and a check of ours by another implementation.
 
+    torchsde draws the noise of a batch from one seed; of several generators, the first sample's gives it.
+
     Args:
         nfe: number of function evaluations; torchsde spends one of them on checking shapes.
         method: torchsde's name of an Ito method: ``euler``, ``milstein`` (1 evaluation per step), or ``srk`` (10, of strong
@@ -258,15 +258,14 @@ class TorchSDE(Solver):
         self.nfe, self.method, self.stochasticity = nfe, method, _check_stochasticity(stochasticity)
 
     @torch.no_grad()
-    def solve(
-        self, reverse: ReverseProcess, z: Tensor, generator: torch.Generator | None = None, trajectory: bool = False
-    ) -> Solution:
+    def solve(self, reverse: ReverseProcess, z: Tensor, generator: Generators = None, trajectory: bool = False) -> Solution:
         import torchsde  # imports scipy: not at start-up
 
         problem = _TorchSDEProblem(reverse, tuple(z.shape[1:]), self.stochasticity)
         y = z.flatten(1)
         step = (1 + 1e-4) / self.steps  # rounding would add a step to equal ones; so the last is a trifle shorter
-        seed = int(torch.randint(2**31, (1,), generator=generator))  # torchsde draws from numpy, seeded here
+        first = generator if generator is None or isinstance(generator, torch.Generator) else generator[0]
+        seed = int(torch.randint(2**31, (1,), generator=first))  # torchsde draws from numpy, seeded here
         # without dt the interval tree is queried at arbitrary points, which is slow
         brownian = torchsde.BrownianInterval(
             0.0,

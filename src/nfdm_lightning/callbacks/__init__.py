@@ -2,12 +2,15 @@
 
 from nfdm_lightning.callbacks.checkpoints import LastCheckpoint, PredictionWriter, StopBetweenSteps, StoppedByUser
 from nfdm_lightning.callbacks.ema import EMA
+from nfdm_lightning.callbacks.fid import FID
 from nfdm_lightning.callbacks.health import HealthCheck
 from nfdm_lightning.callbacks.nll import NLL, MeanAndError
 from nfdm_lightning.callbacks.pictures import SampleGrid, Trajectories
+from nfdm_lightning.callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",
+    "FID",
     "NLL",
     "HealthCheck",
     "LastCheckpoint",
@@ -16,5 +19,6 @@ __all__ = [
     "SampleGrid",
     "StopBetweenSteps",
     "StoppedByUser",
+    "Throughput",
     "Trajectories",
 ]

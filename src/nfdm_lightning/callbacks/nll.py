@@ -1,5 +1,6 @@
 """The bound on the negative log-likelihood, in nats and bits/dim, with standard errors."""
 
+import time
 from typing import Any
 
 import torch
@@ -60,12 +61,16 @@ class NLL(Callback):
         self.draws, self.test_draws, self.seed = draws, test_draws, seed
         self._metrics: dict[str, MeanAndError] = {}
         self._seen = 0
+        self.seconds = 0.0
+        """How long the latest evaluation took."""
+        self._begin = 0.0
 
     def _start(self, pl_module: LightningModule) -> None:
         names = ("nats", "reconstruction", "diffusion", "prior")
         device = "cpu" if pl_module.device.type == "mps" else pl_module.device  # float64 is unknown to the former
         self._metrics = {name: MeanAndError().to(device) for name in names}
         self._seen = 0
+        self._begin = time.perf_counter()
 
     def _update(self, trainer: Trainer, pl_module: LightningModule, x: Tensor, draws: int) -> None:
         assert isinstance(pl_module, NeuralDiffusion), "the NLL callback measures a NeuralDiffusion"
@@ -84,6 +89,7 @@ class NLL(Callback):
     def _log(self, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, NeuralDiffusion)
         results: dict[str, Tensor] = {}
+        self.seconds = time.perf_counter() - self._begin
         for name, metric in self._metrics.items():
             mean, error = metric.compute()
             if name == "nats":

@@ -42,15 +42,27 @@ class Samples(Dataset[Tensor], abc.ABC):
         return self.fetch(places % len(self), places // len(self))
 
 
+def to_levels(samples: Tensor, levels: int) -> Tensor:
+    """Maps samples in [-1, 1] back to levels 0 .. L-1, uint8: the inverse of :meth:`DataModule.normalise`."""
+    return ((samples + 1) * (levels - 1) / 2).round().clamp(0, levels - 1).to(torch.uint8)
+
+
 class ArrayDataset(Samples):
     """Samples in one tensor, (N, *event); a whole batch is fetched by one indexing.
 
     Args:
         array: the samples.
-        flip: whether images, (..., W), have a second variant, mirrored left to right.
+        flip: whether images, (N, ..., C, H, W), have a second variant, mirrored left to right.
+
+    Raises:
+        ConfigError: ``flip`` for samples that are no images.
     """
 
     def __init__(self, array: Tensor, flip: bool = False) -> None:
+        if flip and array.ndim < 4:
+            raise ConfigError(
+                f"flip=true mirrors images, but the samples have shape {tuple(array.shape[1:])}: set flip=false"
+            )
         self.array, self.flip = array, flip
 
     @property
@@ -260,8 +272,6 @@ class DataModule(LightningDataModule, abc.ABC):
 
     def train_dataset(self) -> Samples:
         """Returns the training samples, with their mirror images if ``flip`` is set."""
-        if self.flip and len(self.shape) != 3:
-            raise ConfigError(f"flip=true mirrors images, but the samples have shape {self.shape}: set --data.flip=false")
         return ArrayDataset(self.raw("train"), self.flip)
 
     def _ranks(self) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """The handwritten digits that ship inside scikit-learn: real data without a download."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,4 +55,12 @@ class Digits(DataModule):
         splits = {"train": order[500:], "val": order[:200], "test": order[200:500]}
         if self.digit is not None:
             splits = {name: places[labels[places] == self.digit] for name, places in splits.items()}
+        self._labels = {name: labels[places].long() for name, places in splits.items()}
         return {name: images[places] for name, places in splits.items()}
+
+    def labels(self, split: str) -> Tensor | None:
+        self.setup()
+        return self._labels[split]
+
+    def record(self) -> dict[str, Any]:
+        return {**super().record(), "classes": None if self.digit is None else [str(self.digit)]}

@@ -2,6 +2,7 @@
 
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class Files(DataModule):
         eval_batch_size: samples per step and process in validation, test and prediction.
         num_workers: loader processes.
         seed: of the order of the training data; the held-out part does not depend on it.
+        flip: whether training images are mirrored left to right at random.
 
     Raises:
         DataError: nothing at ``path``, an unreadable file, mixed sizes or modes, values outside the levels, not finite.
@@ -48,8 +50,9 @@ class Files(DataModule):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
+        flip: bool = False,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(batch_size, eval_batch_size, num_workers, seed, flip)
         if not 0 < held_out < 0.5:
             raise DataError(f"held_out={held_out} must lie in (0, 0.5)")
         if not 2 <= levels <= 256:
@@ -136,30 +139,54 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     raise DataError(f"{path} has the arrays {', '.join(arrays) or '(none)'}; name one of them 'train'")
 
 
-def _read_folder(path: Path) -> np.ndarray:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+def image_files(folder: Path) -> list[Path]:
+    """Returns the images in a folder and those below it, in order.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     if not files:
-        raise DataError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise DataError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    return files
+
+
+def open_image(file: Path | IO[bytes], name: str) -> Image.Image:
+    """Returns an image in mode L or RGB.
+
+    Args:
+        file: where it is read from.
+        name: what messages call it.
+
+    Raises:
+        DataError: it is unreadable, or has more than 8 bits per channel.
+    """
+    try:
+        with Image.open(file) as image:
+            mode = _MODES.get(image.mode, "")
+            if not mode:
+                raise DataError(
+                    f"{name} has colour mode {image.mode}, not 8 bits per channel: convert it, or use an .npy file"
+                )
+            return image.convert(mode)
+    except OSError as error:  # PIL's UnidentifiedImageError is one too
+        raise DataError(f"{name} is not a readable image ({error}); repair or remove it") from None
+
+
+def _read_folder(path: Path) -> np.ndarray:
+    files = image_files(path)
     images: list[np.ndarray] = []
     first_mode = ""
     for file in files:
-        try:
-            with Image.open(file) as image:
-                mode = _MODES.get(image.mode, "")
-                if not mode:
-                    raise DataError(
-                        f"{file} has colour mode {image.mode}, not 8 bits per channel: convert it, or use an .npy file"
-                    )
-                pixels = np.asarray(image.convert(mode))
-        except OSError as error:  # PIL's UnidentifiedImageError is one too
-            raise DataError(f"{file} is not a readable image ({error}); repair or remove it") from None
+        image = open_image(file, str(file))
+        pixels = np.asarray(image)
         if images and (pixels.shape[:2] != images[0].shape[:2]):
             height, width = images[0].shape[:2]
             raise DataError(
                 f"{file} is {pixels.shape[0]}x{pixels.shape[1]}, but {files[0]} is {height}x{width}: resize all to one size"
             )
-        if images and mode != first_mode:
-            raise DataError(f"{file} is {mode}, but {files[0]} is {first_mode}: convert all to one colour mode")
-        first_mode = first_mode or mode
+        if images and image.mode != first_mode:
+            raise DataError(f"{file} is {image.mode}, but {files[0]} is {first_mode}: convert all to one colour mode")
+        first_mode = first_mode or image.mode
         images.append(pixels)
     return np.stack(images)

@@ -4,13 +4,14 @@ import math
 
 from torch import Tensor, nn
 
+from nfdm_lightning.networks.blocks import GroupNorm
 from nfdm_lightning.networks.embedding import TimeEmbedding, zero_
 
 
 class _Block(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(1, width)
+        self.norm = GroupNorm(1, width)
         self.time = nn.Linear(width, 2 * width)
         self.layers = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.dropout = nn.Dropout(dropout) if dropout else None

@@ -89,7 +89,7 @@ class UNet(nn.Module):
         width, skips = channels, [channels]
         for level, multiplier in enumerate(multipliers):
             inner = multiplier * channels
-            attended = heads(inner) if heights[level] in attention else 0
+            attended = heads(inner) if heights[level] in attention else None
             for _ in range(blocks):
                 self.down.append(ResBlock(width, inner, embedding, groups, dropout, attended))
                 width = inner
@@ -101,11 +101,11 @@ class UNet(nn.Module):
                     else nn.Conv2d(width, width, 3, stride=2, padding=1)
                 )
                 skips.append(width)
-        self.mid = ResBlock(width, width, embedding, groups, dropout, heads(width) if attention else 0)
+        self.mid = ResBlock(width, width, embedding, groups, dropout, heads(width) if attention else None)
         self.mid_out = ResBlock(width, width, embedding, groups, dropout) if attention else None
         for level, multiplier in reversed(list(enumerate(multipliers))):
             inner = multiplier * channels
-            attended = heads(inner) if heights[level] in attention else 0
+            attended = heads(inner) if heights[level] in attention else None
             for _ in range(blocks + 1):
                 self.up.append(ResBlock(width + skips.pop(), inner, embedding, groups, dropout, attended))
                 width = inner

@@ -95,8 +95,8 @@ class Coupling(ConditionalFlow):
     def _mask(self, layer: int) -> Tensor:
         size = self.squeezed[0]
         if size == 1:
-            return torch.zeros(1, dtype=torch.bool)
-        place = torch.arange(size)
+            return torch.zeros(1, dtype=torch.bool, device="cpu")
+        place = torch.arange(size, device="cpu")  # its values are needed, whatever the default device
         if len(self.squeezed) == 3:  # channels are (c, row, column): the two diagonals, or the two rows, of a block
             row, column = place // 2 % 2, place % 2
             place = row + column if layer % 4 < 2 else row

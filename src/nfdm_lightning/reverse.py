@@ -46,7 +46,7 @@ def check_time_differentiable(module: nn.Module, owner: str, deterministic: bool
         if isinstance(layer, _CHECKPOINTING) and layer.checkpointing:
             raise ConfigError(
                 f"{owner}: '{name}' is a {type(layer).__name__} with checkpointing=true, which torch cannot "
-                "differentiate in t: set it to false there; model.checkpoint_process=true saves the memory of the forward process"
+                "differentiate in t: set it to false there; model.checkpoint_process=true saves memory in its place"
             )
         if deterministic and isinstance(layer, _RANDOM):
             raise ConfigError(

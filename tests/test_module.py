@@ -1,9 +1,11 @@
 """The LightningModule: checkpoints that rebuild it, settings that cannot work, and the learning rate."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from conftest import small_data, small_model, small_trainer
@@ -133,3 +135,11 @@ def test_accumulation_draws_new_numbers_for_every_batch(tmp_path):
     model.__class__ = Model
     small_trainer(tmp_path, max_steps=4, accumulate_grad_batches=2, callbacks=[EMA()]).fit(model, small_data())
     assert len(set(times)) == 8
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_sharded_weights_are_refused(monkeypatch, strategy):
+    model = small_model()
+    model._trainer = SimpleNamespace(strategy=strategy())
+    with pytest.raises(ConfigError, match=f"{strategy.__name__} shards the weights.*use ddp"):
+        model.setup("fit")

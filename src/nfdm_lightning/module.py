@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -170,6 +171,13 @@ class NeuralDiffusion(LightningModule):
         raise ConfigError(
             f"the model is for {'pairs of ' if bridge else ''}data of shape {shape}, got a batch of {tuple(batch.shape)}"
         )
+
+    def setup(self, stage: str) -> None:
+        if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+            raise ConfigError(
+                f"trainer.strategy={type(self.trainer.strategy).__name__} shards the weights, but their average, the "
+                "samplers and the time derivative need them whole on every device: use ddp; checkpointing saves memory"
+            )
 
     def on_fit_start(self) -> None:
         if self.hparams["compile"]:

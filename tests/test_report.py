@@ -52,7 +52,7 @@ def test_distances_come_with_their_protocol(report):
     assert [(one["solver"]["class"], one["nfe"]) for one in report["fid"]] == [("Ancestral", 2), ("Heun", 2)]
     for one in report["fid"]:
         assert one["metric"] == "fd_rows"
-        assert one["samples"] == 20
+        assert one["number"] == 20
         assert one["value"] == pytest.approx(report["metrics"][f"test/fd_rows@{one['solver']['class']}2"], rel=1e-5)
 
 

@@ -98,8 +98,8 @@ class ReverseProcess(nn.Module):
     def full_precision(self, device: torch.device) -> Iterator[None]:
         """Confines autocast to the predictor: the forward process and the objective stay in the parameters' precision.
 
-        The loss is a difference of two evaluations of the process over a small g: in bfloat16 it is rounding that is left of
-        it where t is small (measured by benchmarks/precision.py).
+        With the forward process in bfloat16 too, the gradient of its parameters is several times further from that in
+        float32 (benchmarks/precision.py, RESULTS.md).
         """
         if not torch.is_autocast_enabled(device.type):
             yield

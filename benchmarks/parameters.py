@@ -8,6 +8,7 @@ On the meta device, which holds shapes alone, but for the toys and digits; no da
 import argparse
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 
 from common import CONFIGS, report
 from nfdm_lightning.cli import NfdmCLI
+from nfdm_lightning.networks import ResidualMLP, UNet
 from nfdm_lightning.report import count_parameters
 
 
@@ -27,11 +29,14 @@ def build(path: Path) -> dict[str, Any]:
         args = ["--config", str(path), "--trainer.accelerator=cpu", "--trainer.precision=32", "--trainer.logger=false"]
         model = NfdmCLI(args, run=False).model
     assert toy or all(parameter.is_meta for parameter in model.parameters())
-    network = getattr(model.reverse.process, "network", None)
+    networks = [layer for layer in model.reverse.process.modules() if isinstance(layer, (UNet, ResidualMLP))]
     return {
         "shape": "x".join(map(str, model.reverse.shape)),
         "process": type(model.reverse.process).__name__,
-        "process network": "none" if network is None else type(network).__name__,
+        "process network": " + ".join(
+            f"{number} {kind}" for kind, number in Counter(type(one).__name__ for one in networks).items()
+        )
+        or "none",
         "predictor network": type(model.reverse.predictor.network).__name__,
         **count_parameters(model),
         "batch_size": config["data"].get("init_args", {}).get("batch_size"),

@@ -137,9 +137,15 @@ def test_accumulation_draws_new_numbers_for_every_batch(tmp_path):
     assert len(set(times)) == 8
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_rounded_times_are_refused(tmp_path, precision):
+    with pytest.raises(ConfigError, match=f"trainer.precision={precision} rounds the times.*use bf16-mixed"):
+        small_trainer(tmp_path, precision=precision).fit(small_model(), small_data())
+
+
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
 def test_sharded_weights_are_refused(monkeypatch, strategy):
     model = small_model()
-    model._trainer = SimpleNamespace(strategy=strategy())
+    model._trainer = SimpleNamespace(strategy=strategy(), precision_plugin=None)
     with pytest.raises(ConfigError, match=f"{strategy.__name__} shards the weights.*use ddp"):
         model.setup("fit")

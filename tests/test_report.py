@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import nfdm_lightning
-from conftest import CONFIGS
-from nfdm_lightning.callbacks import Throughput
+from conftest import CONFIGS, small_data, small_model, small_trainer
+from nfdm_lightning.callbacks import EMA, TrainingRecord
+from nfdm_lightning.callbacks.training_record import holds_average, training_record
 from nfdm_lightning.cli import main
+from nfdm_lightning.provenance import commit
+from nfdm_lightning.report import write_report
 
 FLOAT32 = True
 
@@ -76,8 +79,42 @@ def test_throughput_counts_every_sample_of_the_training(report):
     assert training["samples_per_second"] == pytest.approx(training["samples"] / training["seconds"])
 
 
-def test_throughput_goes_on_after_a_stop():
-    first, second = Throughput(), Throughput()
-    first.samples, first.seconds = 10, 2.5
-    second.load_state_dict(first.state_dict())
-    assert (second.samples, second.seconds) == (10, 2.5)
+def test_the_training_is_described_as_it_was(report):
+    training = report["training"]
+    assert training["data"] == report["data"]
+    assert training["commit"] == report["code"]["commit"]
+    assert (training["processes"], training["batch_size"], training["precision"]) == (1, 64, "32-true")
+    assert training["ema_decay"] == 0.999
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_weights_are_an_average_only_where_they_were_averaged(tmp_path, decay):
+    trainer = small_trainer(tmp_path, callbacks=[TrainingRecord(), EMA(decay)], enable_checkpointing=False, max_steps=2)
+    trainer.fit(small_model(), small_data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert training_record(checkpoint)["ema_decay"] == decay
+    assert holds_average({**checkpoint, "current_model_state": {}}) == (decay > 0)
+    assert not holds_average({"state_dict": {}})
+
+
+def test_the_commit_is_not_that_of_another_project(tmp_path):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    inside = tmp_path / ".venv" / "nfdm_lightning"
+    inside.mkdir(parents=True)
+    (inside / "provenance.py").touch()
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "theirs"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    assert commit(inside) is None
+    subprocess.run([*git, "add", "-f", "."], cwd=tmp_path, check=True)
+    subprocess.run([*git, "commit", "-qm", "ours"], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert commit(inside) == head.strip()
+    (inside / "provenance.py").write_text("changed")
+    assert commit(inside) == f"{head.strip()} with changes"
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    write_report({"metrics": {"test/fid": float("nan")}, "fid": [{"value": float("inf")}]}, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == {"metrics": {"test/fid": None}, "fid": [{"value": None}]}

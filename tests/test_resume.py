@@ -20,6 +20,7 @@ ARGS = [
     str(CONFIGS / "toy2d_nfdm.yaml"),
     f"--trainer.max_steps={STEPS}",
     "--trainer.callbacks=null",
+    "--model.predictor.network.dropout=0.1",
     "--trainer.enable_progress_bar=false",
     "--trainer.accelerator=cpu",
     "--trainer.check_val_every_n_epoch=2",
@@ -101,6 +102,9 @@ def test_stopped_and_resumed_is_as_never_stopped(number, status, after, whole, t
     for part in ("state_dict", "current_model_state"):
         for name, value in whole[part].items():
             assert torch.equal(resumed[part][name], value), f"{part}: {name}"
+    record = resumed["callbacks"]["TrainingRecord"]
+    assert record["samples"] == STEPS * 32
+    assert 0 < record["seconds"] < 240  # not since the machine was started
     for key, group in whole["optimizer_states"][0]["state"].items():
         for name, value in group.items():
             assert torch.equal(resumed["optimizer_states"][0]["state"][key][name], value)

@@ -15,7 +15,7 @@ from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.networks import ResidualMLP
 from nfdm_lightning.predictor import XPrediction
-from nfdm_lightning.processes import NFDM, Curvature
+from nfdm_lightning.processes import NFDM, AffineCoupling, Curvature, FlowNFDM
 
 SHAPE = (2, 8, 8)
 predictor = partial(XPrediction, network=small_unet)
@@ -60,6 +60,25 @@ def test_the_loss_does_not_depend_on(process, settings):
     torch.testing.assert_close(nats, plain, rtol=1e-10, atol=1e-8)
     for gradient, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-8, atol=1e-7)
+
+
+def test_discrete_time_is_checkpointed_too():
+    models = [build("ndm", discrete_steps=10, checkpoint_process=switch) for switch in (False, True)]
+    (plain, expected), (nats, gradients) = (loss_and_gradients(model) for model in models)
+    torch.testing.assert_close(nats, plain, rtol=1e-12, atol=0)
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-10)
+
+
+def test_couplings_may_have_attention():
+    """The score is differentiated twice in reverse mode, which fused attention is not."""
+    network = partial(small_unet, multipliers=(1, 1), attention=(4,), head_channels=4)
+    flow = partial(AffineCoupling, network=network, layers=2)
+    process = FlowNFDM(SHAPE, small_unet, flow)
+    perturb(process)
+    x, eps = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    process.path(eps, torch.tensor([0.2, 0.5, 0.8]), x).score.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in process.flow.parameters())
 
 
 def test_a_process_that_is_not_affine_cannot_be_checkpointed():

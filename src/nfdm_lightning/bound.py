@@ -92,9 +92,9 @@ def discrete_diffusion_loss(
         )
     index = (t * steps).floor().clamp(0, steps - 1)
     s, t = index / steps, (index + 1) / steps
-    ends = process.step_moments(t, s, x)
+    ends = reverse.ends(t, s, x)
     z = ends.mean_t + ends.std_t * eps
-    ends_hat = process.step_moments(t, s, reverse.x_hat(z, t))
+    ends_hat = reverse.ends(t, s, reverse.x_hat(z, t))
     return steps * process.posterior_kl(z, t, s, ends, ends_hat, reverse.g2(t), reverse.g2(s)), z, t
 
 

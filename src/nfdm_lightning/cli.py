@@ -26,7 +26,7 @@ from nfdm_lightning.callbacks import (
     LastCheckpoint,
     PredictionWriter,
     StopBetweenSteps,
-    Throughput,
+    TrainingRecord,
 )
 from nfdm_lightning.data import DataModule
 from nfdm_lightning.errors import CheckpointError, ConfigError, DataError, NfdmError
@@ -87,7 +87,7 @@ class NfdmCLI(LightningCLI):
         parser.add_lightning_class_args(HealthCheck, "health")
         parser.add_lightning_class_args(StopBetweenSteps, "stop")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(TrainingRecord, "training_record")
         for name in ("shape", "levels", "data_std"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 

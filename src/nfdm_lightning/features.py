@@ -63,7 +63,7 @@ class FeatureExtractor(nn.Module, abc.ABC):
             "extractor": type(self).__name__,
             "features": self.name,
             "num_features": self.num_features,
-            "weights_md5": self.weights_md5,
+            "weights_md5": self.weights_md5 or _state_md5(self),
             "resizing": self.resizing,
         }
 
@@ -251,11 +251,7 @@ class NetworkFeatures(FeatureExtractor):
         if self.weights_md5 is not None:
             return
         self.network = self.build().requires_grad_(False).eval()
-        digest = hashlib.md5(type(self.network).__qualname__.encode(), usedforsecurity=False)
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        self.weights_md5 = digest.hexdigest()
+        self.weights_md5 = _state_md5(self.network)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
@@ -287,6 +283,14 @@ def _read_weights(path: Path, name: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a damaged file
         raise ConfigError(f"{name}: {path} is not a readable weights file ({_brief(error)}); fetch it again") from None
+
+
+def _state_md5(module: nn.Module) -> str:
+    digest = hashlib.md5(type(module).__qualname__.encode(), usedforsecurity=False)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _digest(path: Path, algorithm: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -25,6 +26,7 @@ from nfdm_lightning.seeding import Generators, mixed_seed
 from nfdm_lightning.solvers import Ancestral, Solution, Solver
 from nfdm_lightning.volatility import LearnedVolatility, Volatility
 
+_DROPOUT = 0xD0  # ends the seeds of dropout
 _INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
@@ -173,6 +175,11 @@ class NeuralDiffusion(LightningModule):
         )
 
     def setup(self, stage: str) -> None:
+        if isinstance(self.trainer.precision_plugin, HalfPrecision):
+            raise ConfigError(
+                f"trainer.precision={self.trainer.precision} rounds the times and the noise themselves, which spoils the "
+                "bound: use bf16-mixed, which keeps the forward process in float32"
+            )
         if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
             raise ConfigError(
                 f"trainer.strategy={type(self.trainer.strategy).__name__} shards the weights, but their average, the "
@@ -207,11 +214,15 @@ class NeuralDiffusion(LightningModule):
 
         A function of seed, number of batches seen and rank, so that a resumed run draws what the stopped one would have.
         """
+        return torch.Generator().manual_seed(self._step_seed())
+
+    def _step_seed(self, *use: int) -> int:
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         assert self._seed is not None
-        return torch.Generator().manual_seed(mixed_seed(self._seed, batches, self.global_rank))
+        return mixed_seed(self._seed, batches, self.global_rank, *use)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        torch.manual_seed(self._step_seed(_DROPOUT))  # dropout draws from the global generators
         with self.reverse.full_precision(batch.device):
             terms = self.bound(batch, random_draws(self.target(batch).to(self.dtype), self.step_generator()))
             loss = terms.nats.mean() + self._penalty(batch, terms)

@@ -1,20 +1,19 @@
 """The report of ``lightning test``: one JSON file beside the checkpoint, with all that a number needs to be compared."""
 
 import json
-import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
-from nfdm_lightning.callbacks import FID, NLL, Throughput
+from nfdm_lightning.callbacks import FID, NLL
+from nfdm_lightning.callbacks.training_record import holds_average, training_record
 from nfdm_lightning.data import DataModule
 from nfdm_lightning.module import NeuralDiffusion
-
-_PACKAGES = ("torch", "lightning", "torchmetrics", "torch-fidelity", "nfdm-lightning")
+from nfdm_lightning.provenance import commit, versions
 
 
 def report_path(checkpoint: Path) -> Path:
@@ -27,7 +26,8 @@ def build_report(trainer: Trainer, model: NeuralDiffusion, checkpoint: Path, con
 
     The keys: ``metrics`` (the bound by term, in nats and bits/dim, with standard errors, as logged), ``bound`` (how it was
     evaluated), ``fid`` (the FID family, each number with its protocol), ``data``, ``checkpoint``, ``parameters``,
-    ``training`` (samples seen and throughput), ``code`` (commit and versions), ``config``.
+    ``training`` (data, settings, commit, samples and throughput of the run that made the checkpoint), ``code`` (commit and
+    versions of the test), ``config`` (that of the test command).
 
     Args:
         trainer: after its test.
@@ -39,6 +39,14 @@ def build_report(trainer: Trainer, model: NeuralDiffusion, checkpoint: Path, con
     fid = [callback for callback in trainer.callbacks if isinstance(callback, FID)]  # type: ignore[attr-defined]
     data = trainer.datamodule  # type: ignore[attr-defined]
     stored = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    training = _training(stored)
+    if isinstance(data, DataModule) and training.get("data"):
+        seen, measured = training["data"], data.record()
+        for name in sorted(seen.keys() & measured.keys()):
+            if seen[name] != measured[name]:
+                rank_zero_warn(
+                    f"data: {name}={seen[name]} in training, but {measured[name]} in this test; the report has both"
+                )
     return {
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "bound": {
@@ -47,18 +55,19 @@ def build_report(trainer: Trainer, model: NeuralDiffusion, checkpoint: Path, con
             "draws_per_sample": [callback.test_draws for callback in nll],
             "seconds": [round(callback.seconds, 3) for callback in nll],
             "world_size": trainer.world_size,
-            "precision": "float32" if model.dtype == torch.float32 else str(model.dtype).removeprefix("torch."),
+            "precision": str(model.dtype).removeprefix("torch."),
+            "tf32": {"convolutions": torch.backends.cudnn.allow_tf32, "matmul": torch.get_float32_matmul_precision()},
         },
         "fid": [result for callback in fid for result in callback.results],
         "data": data.record() if isinstance(data, DataModule) else None,
         "checkpoint": {
             "file": str(checkpoint),
             "step": stored.get("global_step"),
-            "weights": _weights(stored),
+            "weights": "average (EMA)" if holds_average(stored) else "raw",
         },
         "parameters": count_parameters(model),
-        "training": _training(stored),
-        "code": {"commit": commit(), "python": platform.python_version(), **_versions()},
+        "training": training,
+        "code": {"commit": commit(), **versions()},
         "config": config,
     }
 
@@ -66,7 +75,7 @@ def build_report(trainer: Trainer, model: NeuralDiffusion, checkpoint: Path, con
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Writes a report, whole or not at all."""
     partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    partial.write_text(json.dumps(_plain(report), indent=2, default=str, allow_nan=False) + "\n")
     partial.replace(path)
 
 
@@ -77,42 +86,24 @@ def count_parameters(model: NeuralDiffusion) -> dict[str, int]:
     return {"forward": forward, "reverse": total - forward, "total": total}
 
 
-def commit() -> str | None:
-    """Returns the git commit of the package's source, marked if it was changed since; None where it is not from git."""
-    folder = Path(__file__).resolve().parent
-    try:
-        done = [
-            subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "."])
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done[0].stdout.strip() + (" with changes" if done[1].stdout.strip() else "")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree
-            found[package] = "not installed"
-    return found
-
-
 def _dequantisation(model: NeuralDiffusion) -> str:
     if model.hparams["levels"] is None:
         return "none: continuous data"
     return f"none: discrete decoder over {model.hparams['levels']} levels"
 
 
-def _weights(stored: dict[str, Any]) -> str:
-    return "average (EMA)" if "current_model_state" in stored else "raw"
-
-
 def _training(stored: dict[str, Any]) -> dict[str, Any]:
-    counted = stored.get("callbacks", {}).get(Throughput.__qualname__)
-    if not counted or not counted["seconds"]:
-        return {}
-    rate = counted["samples"] / counted["seconds"]
-    return {**counted, "samples_per_second": rate}
+    record = training_record(stored)
+    seconds = record.get("seconds")
+    return {**record, "samples_per_second": record["samples"] / seconds} if seconds else record
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value as JSON has it: what is not finite, as null."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -8,6 +8,7 @@ with x_hat = x_hat(z, t) (NFDM, arXiv 2404.12940, section 3.2), and the ODE :mat
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.networks import DiT, UNet, VDMUNet
 from nfdm_lightning.predictor import Predictor
-from nfdm_lightning.processes.base import ForwardProcess, PathPoint, expand_as_event
+from nfdm_lightning.processes.base import AffineProcess, Ends, ForwardProcess, PathPoint, expand_as_event
 from nfdm_lightning.seeding import Generators, standard_normal
 from nfdm_lightning.volatility import Volatility
 
@@ -24,6 +25,8 @@ from nfdm_lightning.volatility import Volatility
 _WRONG_UNDER_JVP = (nn.LayerNorm, nn.modules.batchnorm._NormBase)
 _RANDOM = (nn.modules.dropout._DropoutNd,)
 _CHECKPOINTING = (UNet, VDMUNet, DiT)
+
+_Result = TypeVar("_Result")
 
 
 def check_time_differentiable(module: nn.Module, owner: str, deterministic: bool = True) -> None:
@@ -133,7 +136,12 @@ class ReverseProcess(nn.Module):
         """Returns velocity and score of the model: those of the forward process at x_hat(z, t)."""
         return self._evaluate(self.process.path_at, z, t, self.x_hat(z, t))
 
-    def _evaluate(self, function: Callable[[Tensor, Tensor, Tensor], PathPoint], *state: Tensor) -> PathPoint:
+    def ends(self, t: Tensor, s: Tensor, x: Tensor) -> Ends:
+        """Returns the moments of the forward process at both ends of a step, for discrete time, at the data x."""
+        assert isinstance(self.process, AffineProcess)
+        return self._evaluate(self.process.step_moments, t, s, x)
+
+    def _evaluate(self, function: Callable[[Tensor, Tensor, Tensor], _Result], *state: Tensor) -> _Result:
         # around the time derivative: checkpoints inside it are not supported by torch
         if self.checkpoint_process and torch.is_grad_enabled():
             return checkpoint(function, *state, use_reentrant=False)

@@ -6,7 +6,7 @@ from nfdm_lightning.callbacks.fid import FID
 from nfdm_lightning.callbacks.health import HealthCheck
 from nfdm_lightning.callbacks.nll import NLL, MeanAndError
 from nfdm_lightning.callbacks.pictures import SampleGrid, Trajectories
-from nfdm_lightning.callbacks.throughput import Throughput
+from nfdm_lightning.callbacks.training_record import TrainingRecord
 
 __all__ = [
     "EMA",
@@ -19,6 +19,6 @@ __all__ = [
     "SampleGrid",
     "StopBetweenSteps",
     "StoppedByUser",
-    "Throughput",
+    "TrainingRecord",
     "Trajectories",
 ]

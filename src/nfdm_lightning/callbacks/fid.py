@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from nfdm_lightning.callbacks.ema import EMA
+from nfdm_lightning.callbacks.training_record import holds_average
 from nfdm_lightning.data import DataModule, to_levels
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.features import FeatureExtractor, Inception
@@ -136,7 +138,7 @@ class FID(Callback):
             self.features.eval().prepare()  # a missing file ends a run here, not after its first epoch
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._loaded_average = "current_model_state" in checkpoint
+        self._loaded_average = holds_average(checkpoint)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or self.every_n_epochs is None:
@@ -331,12 +333,10 @@ class FID(Callback):
         )
 
     def _averaged(self, trainer: Trainer) -> bool:
+        if trainer.state.fn != TrainerFn.FITTING and self._loaded_average is not None:
+            return self._loaded_average
         averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
-        if any(average.decay == 0 for average in averages):
-            return False
-        if trainer.state.fn == TrainerFn.FITTING or self._loaded_average is None:
-            return bool(averages)
-        return self._loaded_average
+        return any(average.decay > 0 for average in averages)
 
 
 @dataclass
@@ -461,13 +461,15 @@ def _write(path: Path, key: str, statistics: _Statistics) -> None:
         "outer": statistics.outer.contiguous(),
         "features": statistics.features.contiguous(),
     }
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    unfinished = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, unfinished, {"key": key, "checksum": _checksum(tensors)})
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
         rank_zero_warn(f"the reference statistics cannot be kept in {path.parent} ({error}): name another folder as 'cache'")
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def _read(path: Path, key: str) -> _Statistics | None:

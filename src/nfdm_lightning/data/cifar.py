@@ -92,16 +92,13 @@ class CIFAR10(Benchmark):
         if not missing:
             return
         archive = self.root / _ARCHIVE
-        fetched = not archive.is_file()
-        if fetched:
+        if not archive.is_file():
             only_test = [path.name for path in missing] == [_TEST]
             otherwise = "; data.protocol=held_out needs no test file" if only_test else ""
             download([_ADDRESS], archive, _ARCHIVE_MD5, otherwise)
         elif self.verify:
             check_md5(archive, _ARCHIVE_MD5)
-        _unpack(archive, missing)
-        if fetched:
-            archive.unlink()
+        _unpack(archive, missing)  # the archive stays: another machine may be reading it
 
     def read(self) -> dict[str, Split]:
         parts = [self._read(path) for path in self._paths()]

@@ -11,7 +11,7 @@ from nfdm_lightning.data.base import SPLITS, ArrayDataset, DataModule, Samples
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.seeding import mixed_seed
 
-_PARTNERS = 0x9A125  # begins the seeds of fixed partners
+_PARTNERS = 0x9A126  # begins the seeds of fixed partners
 
 
 class _Unpaired(Samples):

@@ -79,7 +79,7 @@ def md5_of(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     entry = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "md5": digest.hexdigest()}
-    with suppress(DataError):  # in a folder of others it is computed again next time
+    with suppress(DataError, OSError):  # in a folder of others it is computed again next time
         write_json(path.parent / _REMEMBERED, {**read_json(path.parent / _REMEMBERED), path.name: entry})
     return digest.hexdigest()
 

@@ -195,10 +195,11 @@ class ForwardProcess(nn.Module, abc.ABC):
         def gradient(state: Tensor, time: Tensor, data: Tensor) -> Tensor:
             return torch.func.grad(lambda point: self.log_prob(point, time, data).sum())(state)
 
-        if not torch.is_inference_mode_enabled():
-            return gradient(z, t, x)
-        with _outside_inference_mode():
-            return gradient(z.clone(), t.clone(), x.clone())  # tensors made in it cannot be differentiated
+        with forward_mode():  # for the plain attention: fused, it has no second derivative in reverse mode either
+            if not torch.is_inference_mode_enabled():
+                return gradient(z, t, x)
+            with _outside_inference_mode():
+                return gradient(z.clone(), t.clone(), x.clone())  # tensors made in it cannot be differentiated
 
     def path_at(self, z: Tensor, t: Tensor, x: Tensor) -> PathPoint:
         """Returns velocity and score at a given z, through the inverse."""

@@ -1,0 +1,41 @@
+"""Which code and which libraries a number was made with."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_PACKAGES = ("torch", "lightning", "torchmetrics", "torch-fidelity", "nfdm-lightning")
+
+
+def commit(folder: Path | None = None) -> str | None:
+    """Returns the git commit of the package's source, marked if it was changed since; None where it is not from git.
+
+    Args:
+        folder: where the source is; by default that of this package.
+    """
+    folder = Path(__file__).resolve().parent if folder is None else folder
+    source = Path(__file__).name
+    try:
+        # an installed package may lie inside the repository of another project, which ignores it
+        _git(folder, "ls-files", "--error-unmatch", source)
+        head, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--untracked-files=no", ".")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + (" with changes" if changes else "")
+
+
+def _git(folder: Path, *command: str) -> str:
+    done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            found[package] = "not installed"
+    return found

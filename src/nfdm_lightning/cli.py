@@ -81,13 +81,13 @@ class NfdmCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        # in this order: a stop comes after the averaging of the step
+        # in this order: a stop comes after the averaging and the counting of the step
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(NLL, "nll")
         parser.add_lightning_class_args(HealthCheck, "health")
+        parser.add_lightning_class_args(TrainingRecord, "training_record")
         parser.add_lightning_class_args(StopBetweenSteps, "stop")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(TrainingRecord, "training_record")
         for name in ("shape", "levels", "data_std"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 

@@ -176,9 +176,9 @@ def test_installed_commands(command):
             ["model.process: there is no 'NFMD'", "did you mean NFDM", "Bridge", "FlowNFDM", "Gaussian", "MuLAN"],
         ),
         (["--model.process.detla=1"], ["'detla' is not an argument there", "did you mean delta", "bound, delta, network"]),
-        (["--model.lrr=1"], ["there is no 'model.lrr'", "did you mean lr", "predictor, process, volatility"]),
+        (["--model.lrr=1"], ["there is no 'model.lrr'", "did you mean lr", "predictor, process", "volatility"]),
         (["--modle.lr=1"], ["there is no 'modle'", "did you mean model", "data", "trainer"]),
-        (["--data=Toy3D"], ["data: there is no 'Toy3D'", "Digits, Files, Pairs, Toy2D"]),
+        (["--data=Toy3D"], ["data: there is no 'Toy3D'", "Digits, FashionMNIST, Files", "Pairs, Toy2D"]),
         (["--data.batchsize=1"], ["'batchsize'", "did you mean batch_size"]),
         (["--data.distribution=Spiral"], ["distribution: there is no 'Spiral'", "Checkerboard, EightGaussians, Pinwheel"]),
         (
@@ -350,6 +350,7 @@ def test_a_users_own_plugin_in_the_working_directory(capsys):
         "from nfdm_lightning.processes import NFDM\n\n\nclass MyProcess(NFDM):\n"
         '    """Mine."""\n\n    def start(self, eps, x):\n        return super().start(eps, x)\n'
     )
+    sys.modules.pop("myplugins", None)
     assert main([*FIT, "--model.process=myplugins.MyProcess"]) == 0
     assert main(["sample", f"--ckpt_path={RUN}/checkpoints/last.ckpt", "--number=2", "--solver.nfe=2"]) == 0
     model = NeuralDiffusion.load_from_checkpoint(RUN / "checkpoints" / "last.ckpt")

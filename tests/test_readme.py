@@ -60,7 +60,7 @@ def test_program_runs():
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.split()[1] == "fit" and "my" not in line])
 def test_commands_parse(command, capsys):
-    assert main([*shlex.split(command)[1:], "--print_config"]) == 0
+    assert main([*shlex.split(command, comments=True)[1:], "--print_config"]) == 0
     assert "class_path: nfdm_lightning." in capsys.readouterr().out
 
 

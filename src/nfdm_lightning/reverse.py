@@ -101,7 +101,7 @@ class ReverseProcess(nn.Module):
     def full_precision(self, device: torch.device) -> Iterator[None]:
         """Confines autocast to the predictor: the forward process and the objective stay in the parameters' precision.
 
-        With the forward process in bfloat16 too, the gradient of its parameters is several times further from that in
+        With the forward process in bfloat16 too, the gradient of its parameters is 2 to 9 times further from that in
         float32 (benchmarks/precision.py, RESULTS.md).
         """
         if not torch.is_autocast_enabled(device.type):

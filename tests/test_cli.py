@@ -168,6 +168,7 @@ def test_installed_commands(command):
     assert "Traceback" not in done.stderr
 
 
+# single names: subclasses that other test files define are listed between them
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
@@ -178,9 +179,12 @@ def test_installed_commands(command):
         (["--model.process.detla=1"], ["'detla' is not an argument there", "did you mean delta", "bound, delta, network"]),
         (["--model.lrr=1"], ["there is no 'model.lrr'", "did you mean lr", "predictor, process", "volatility"]),
         (["--modle.lr=1"], ["there is no 'modle'", "did you mean model", "data", "trainer"]),
-        (["--data=Toy3D"], ["data: there is no 'Toy3D'", "Digits, FashionMNIST, Files", "Pairs, Toy2D"]),
+        (["--data=Toy3D"], ["data: there is no 'Toy3D'", "Digits", "FashionMNIST", "Files", "Pairs", "Toy2D"]),
         (["--data.batchsize=1"], ["'batchsize'", "did you mean batch_size"]),
-        (["--data.distribution=Spiral"], ["distribution: there is no 'Spiral'", "Checkerboard, EightGaussians, Pinwheel"]),
+        (
+            ["--data.distribution=Spiral"],
+            ["distribution: there is no 'Spiral'", "Checkerboard", "EightGaussians", "Pinwheel"],
+        ),
         (
             ["--model.predictor=YPrediction"],
             ["there is no 'YPrediction'", "EpsPrediction", "LevelPrediction", "VPrediction"],

@@ -228,7 +228,7 @@ def test_training_straightens_the_trajectories(tmp_path):
     curvatures = {}
     for name, process in (("nfdm", NFDM), ("nfdm_ot", partial(NFDMOT, weight=1.0))):
         torch.manual_seed(0)
-        model = small_model(process=partial(process, network=small_mlp), warmup_steps=1, cosine=False, lr=5e-3)
+        model = small_model(process=partial(process, network=small_mlp), warmup_steps=1, decay="constant", lr=5e-3)
         small_trainer(tmp_path, max_steps=40).fit(model.double(), small_data())
         t = torch.linspace(0.1, 0.9, 200)
         z = model.reverse.prior(200, torch.Generator().manual_seed(0))

@@ -83,8 +83,9 @@ def central_difference(function: Callable[[Tensor], Tensor], t: Tensor, h: float
 
 
 @pytest.fixture(autouse=True)
-def float64(request: pytest.FixtureRequest) -> Iterator[None]:
-    """float64 in every test but those of whole runs, marked by a module-level FLOAT32."""
+def float64_and_seed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """float64 in every test but those of whole runs, marked by a module-level FLOAT32; the same draws in any order."""
+    torch.manual_seed(0)
     if getattr(request.module, "FLOAT32", False):
         yield
         return

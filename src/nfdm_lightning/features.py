@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nfdm_lightning.checksums import tensors_md5
 from nfdm_lightning.errors import ConfigError
 
 _PUBLISHED_INCEPTION = "6726825d"  # begins the sha256 of the file, and ends its name, as torch.hub has it
@@ -286,11 +287,7 @@ def _read_weights(path: Path, name: str) -> Any:
 
 
 def _state_md5(module: nn.Module) -> str:
-    digest = hashlib.md5(type(module).__qualname__.encode(), usedforsecurity=False)
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_md5(module.state_dict(), type(module).__qualname__)
 
 
 def _digest(path: Path, algorithm: str) -> str:

@@ -32,7 +32,9 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from nfdm_lightning.callbacks.ema import EMA
 from nfdm_lightning.callbacks.training_record import holds_average
+from nfdm_lightning.checksums import tensors_md5
 from nfdm_lightning.data import DataModule, to_levels
+from nfdm_lightning.data.base import SPLITS
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.features import FeatureExtractor, Inception
 from nfdm_lightning.module import NeuralDiffusion
@@ -43,7 +45,6 @@ CACHE = "NFDM_CACHE"
 """The environment variable that names the folder of cached reference statistics."""
 
 _FORMAT = "1"  # of the cached files; a change of how images become features needs another
-_SPLITS = ("train", "val", "test")
 _SAMPLES = 0xF1D  # begins the seeds of samples, so that they share no stream with other draws
 _KID_SUBSETS, _KID_SUBSET_SIZE, _SCORE_SPLITS = 100, 1000, 10  # those of torch-fidelity
 
@@ -114,8 +115,8 @@ class FID(Callback):
             raise ConfigError(f"FID: number={number} must be at least 2 and batch_size={batch_size} at least 1")
         if every_n_epochs is not None and every_n_epochs < 1:
             raise ConfigError(f"FID: every_n_epochs={every_n_epochs} must be at least 1, or null for the test alone")
-        if split not in _SPLITS:
-            raise ConfigError(f"FID: split={split!r}: choose from {', '.join(_SPLITS)}")
+        if split not in SPLITS:
+            raise ConfigError(f"FID: split={split!r}: choose from {', '.join(SPLITS)}")
         if solvers is not None and not solvers:
             raise ConfigError("FID: solvers is an empty list: name at least one, or leave it out")
         self.features = features or Inception()
@@ -446,14 +447,6 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
-
-
 def _write(path: Path, key: str, statistics: _Statistics) -> None:
     tensors = {
         "count": statistics.count.reshape(1),
@@ -464,7 +457,7 @@ def _write(path: Path, key: str, statistics: _Statistics) -> None:
     unfinished = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, {"key": key, "checksum": _checksum(tensors)})
+        save_file(tensors, unfinished, {"key": key, "checksum": tensors_md5(tensors)})
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
         rank_zero_warn(f"the reference statistics cannot be kept in {path.parent} ({error}): name another folder as 'cache'")
@@ -482,7 +475,7 @@ def _read(path: Path, key: str) -> _Statistics | None:
     except (OSError, SafetensorError) as error:
         rank_zero_warn(f"{path} is damaged ({error}): its statistics are computed anew")
         return None
-    if metadata.get("key") != key or metadata.get("checksum") != _checksum(tensors):
+    if metadata.get("key") != key or metadata.get("checksum") != tensors_md5(tensors):
         rank_zero_warn(f"{path} is damaged (its checksum is wrong): its statistics are computed anew")
         return None
     none = torch.empty(0, 0)

@@ -1,7 +1,6 @@
 """What every DataModule shares: shape, levels and scale for the model, resumable loaders, normalisation on the device."""
 
 import abc
-import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from nfdm_lightning.checksums import tensors_md5
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.seeding import mixed_seed
 
@@ -246,12 +246,7 @@ class DataModule(LightningDataModule, abc.ABC):
     @cached_property
     def checksum(self) -> str:
         """What the splits hold, as a key for what is computed from them; flips and the order of batches do not count."""
-        digest = hashlib.md5(usedforsecurity=False)
-        for name in SPLITS:
-            samples = self.raw(name).contiguous()
-            digest.update(f"{name} {samples.dtype} {tuple(samples.shape)}".encode())
-            digest.update(samples.numpy().data)
-        return digest.hexdigest()
+        return tensors_md5({name: self.raw(name) for name in SPLITS})
 
     def sizes(self) -> dict[str, int]:
         """Returns the number of samples of each split."""

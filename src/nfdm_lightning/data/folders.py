@@ -108,10 +108,6 @@ class ImageFolders(Benchmark):
     def shape(self) -> tuple[int, ...]:
         return (3, self.size, self.size)
 
-    @property
-    def data_std(self) -> float:
-        return 0.5  # an estimate, the usual one for natural images: not measured on these files
-
     def parts(self) -> tuple[Path, Path | None]:
         """Returns the folder of the images for training and, if there is one, that for test."""
         if not self.folder.is_dir():

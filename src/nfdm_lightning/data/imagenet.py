@@ -126,16 +126,8 @@ class ImageNet32(ImageNet):
 
     size = 32
 
-    @property
-    def data_std(self) -> float:
-        return 0.5  # an estimate, the usual one for natural images: not measured on these files
-
 
 class ImageNet64(ImageNet):
     """ImageNet at 64x64; versions, arguments and errors are those of :class:`ImageNet`."""
 
     size = 64
-
-    @property
-    def data_std(self) -> float:
-        return 0.5  # an estimate, the usual one for natural images: not measured on these files

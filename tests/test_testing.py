@@ -151,6 +151,18 @@ class BridgeToNoise(Bridge):
     def prior(self, eps, source):
         return eps
 
+    def prior_log_prob(self, z, source):
+        return ForwardProcess.prior_log_prob(self, z, source)
+
+
+class PriorDensity(Bridge):
+    """Starts around its source, but gives the density of N(0, I)."""
+
+    def __init__(self):
+        super().__init__(SHAPE, network=small_mlp)
+
+    prior_log_prob = ForwardProcess.prior_log_prob
+
 
 class BridgeSwapped(Bridge):
     def __init__(self):
@@ -395,6 +407,7 @@ FAULTS = {
     "std(1) of a softplus": (Softplus, "prior_kl", r"0\.69\d* instead of 1.*not pinned", 1),
     "mean(1) is not 0": (NotPinned, "prior_kl", r"does not end in its prior", 1),
     "twice the prior KL": (PriorKLHalved, "prior_kl", r"2 times what it should be", 1),
+    "density of another prior": (PriorDensity, "prior_kl", r"prior_log_prob is", 1),
     "bridge to noise": (BridgeToNoise, "prior_kl", r"not pinned to the prior", 1),
     "bridge with swapped ends": (BridgeSwapped, "source", r"join\(\*split\(x\)\) is not x", 1),
     "part of the mean detached": (Detached, "gradients", r"in the parameters wrong by", 2),  # forward mode stops there too

@@ -338,6 +338,7 @@ def _derived(process: ForwardProcess, eps: Tensor, z: Tensor, t: Tensor, x: Tens
     yield "path_at", lambda: process.path_at(z, t, x)
     yield "velocity_at", lambda: process.velocity_at(z, t, x)
     yield "start", lambda: process.start(eps, x)
+    yield "prior_log_prob", lambda: process.prior_log_prob(z, process.split(x)[1])
     yield "prior_kl", lambda: process.prior_kl(eps, x)
     yield "reference", lambda: process.reference(t)
     yield "reference_g2", lambda: process.reference_g2(t)
@@ -364,7 +365,7 @@ def _outputs(source: _Source, process: ForwardProcess, eps: Tensor, t: Tensor, x
 
 
 def _shape_of(name: str, case: _Case) -> tuple[int, ...]:
-    per_sample = ("log_prob", "prior_kl", "reference().alpha", "reference().sigma", "reference_g2")
+    per_sample = ("log_prob", "prior_log_prob", "prior_kl", "reference().alpha", "reference().sigma", "reference_g2")
     return (case.number,) if name in per_sample else tuple(case.eps.shape)
 
 
@@ -809,6 +810,14 @@ def _prior_kl(case: _Case) -> Iterator[str]:
         return
     at = _moments(case, ones)
     with torch.no_grad():
+        begin = process.prior(case.eps, source)
+        stated = process.prior_log_prob(begin, source)
+        true = sum_event(
+            (-0.5 * ((begin - prior.mean) / prior.std) ** 2 - prior.std.log() - 0.5 * math.log(2 * math.pi)).expand_as(begin)
+        )
+        if ((stated - true).abs() > 1e-6 + 1e-4 * true.abs()).any():
+            i = int((stated - true).abs().argmax())
+            yield f"prior_log_prob is {stated[i].item():.4g} nats where the density of prior is {true[i].item():.4g}"
         got = process.prior_kl(many.eps, many.x).unflatten(0, (2, -1))
         if at.affine:
             expected = _gaussian_kl(at, prior)[:2]

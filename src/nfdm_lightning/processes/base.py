@@ -138,8 +138,8 @@ class ForwardProcess(nn.Module, abc.ABC):
     :func:`nfdm_lightning.testing.check_process` says whether a subclass keeps all this.
 
     The path of a bridge depends on a source sample besides the data: it sets ``takes_source``, its x are pairs
-    (target, source) stacked to (B, 2, *event), and :meth:`split`, :meth:`join`, :meth:`prior` and :meth:`offset` say what
-    that means. Every other process leaves these alone.
+    (target, source) stacked to (B, 2, *event), and :meth:`split`, :meth:`join`, :meth:`prior`, :meth:`prior_log_prob`
+    and :meth:`offset` say what that means. Every other process leaves these alone.
 
     Args:
         shape: event shape of z, without the batch dimension.
@@ -214,14 +214,19 @@ class ForwardProcess(nn.Module, abc.ABC):
         """Returns z_0 = F(eps, 0, x), (B, *event); a process pinned at t = 0 may override it to save a network call."""
         return self.transform(eps, x.new_zeros(len(x)), x)
 
-    def prior_kl(self, eps: Tensor, x: Tensor) -> Tensor:
-        r"""Returns KL(q(z_1 | x) || N(0, I)) in nats, (B,); by default the one-sample estimate at z_1 = F(eps, 1, x).
+    def prior_log_prob(self, z: Tensor, source: Tensor | None) -> Tensor:
+        """Returns the log density of :meth:`prior` at z_1 = z in nats, (B,)."""
+        return -sum_event(0.5 * z**2 + 0.5 * math.log(2 * math.pi))
 
-        A process with another prior than N(0, I) overrides this together with :meth:`prior`.
+    def prior_kl(self, eps: Tensor, x: Tensor) -> Tensor:
+        r"""Returns :math:`KL(q(z_1 | x) \| p(z_1))` in nats, (B,); by default the one-sample estimate at z_1 = F(eps, 1, x).
+
+        A process with another prior than N(0, I) overrides :meth:`prior` and :meth:`prior_log_prob`, and this where it has
+        a closed form.
         """
         t = x.new_ones(len(x))
         z = self.transform(eps, t, x)
-        return self.log_prob(z, t, x) + sum_event(0.5 * z**2 + 0.5 * math.log(2 * math.pi))
+        return self.log_prob(z, t, x) - self.prior_log_prob(z, self.split(x)[1])
 
     def reference(self, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""Returns (alpha, sigma), each (B,): the Gaussian path N(alpha x, sigma^2 I) that the process is near.
@@ -281,7 +286,14 @@ class ForwardProcess(nn.Module, abc.ABC):
         return expand_as_event(self.reference(t)[1], self.split(x)[0])
 
     def transition(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor, noise: Tensor) -> Tensor:
-        r"""Returns z_s given z_t, s <= t, by the reverse SDE of one fixed x.
+        """Returns z_s given z_t, s <= t, by the reverse SDE of one fixed x: a draw with :meth:`transition_moments`."""
+        mean, std = self.transition_moments(z, t, s, x, g2_t, g2_s)
+        return mean + std * noise
+
+    def transition_moments(
+        self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        r"""Returns mean and std, broadcastable to (B, *event), of z_s given z_t, s <= t, by the reverse SDE of one fixed x.
 
         First the exact ODE step of that x, then the noise and the score that balances it, with the rho of
         :meth:`log_refresh` (derived):
@@ -296,7 +308,7 @@ class ForwardProcess(nn.Module, abc.ABC):
         log_rho = self.log_refresh(t, s, g2_t, g2_s, std_t, std_s, z)
         y = self.transform(self.inverse(z, t, x), s, x)
         spread = (-torch.expm1(2 * log_rho)).sqrt()
-        return y - torch.expm1(log_rho) * std_s**2 * self._score(y, s, x) + std_s * spread * noise
+        return y - torch.expm1(log_rho) * std_s**2 * self._score(y, s, x), std_s * spread
 
 
 class AffineProcess(ForwardProcess):
@@ -371,9 +383,10 @@ class AffineProcess(ForwardProcess):
     def velocity_at(self, z: Tensor, t: Tensor, x: Tensor) -> Tensor:
         return self.path_at(z, t, x).velocity
 
-    def transition(self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor, noise: Tensor) -> Tensor:
-        mean, std = self.posterior(z, t, s, self.step_moments(t, s, x), g2_t, g2_s)
-        return mean + std * noise
+    def transition_moments(
+        self, z: Tensor, t: Tensor, s: Tensor, x: Tensor, g2_t: Tensor, g2_s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.posterior(z, t, s, self.step_moments(t, s, x), g2_t, g2_s)
 
     def prior_kl(self, eps: Tensor, x: Tensor) -> Tensor:
         r"""Returns :math:`\tfrac12 \sum (\text{mean}^2 + \text{std}^2 - 1 - 2 \log \text{std})` at t = 1 in nats, (B,)."""

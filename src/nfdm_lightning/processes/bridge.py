@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.networks import auto
-from nfdm_lightning.processes.base import AffineProcess, Shape, bounded, check_bound, check_delta, expand_as_event
+from nfdm_lightning.processes.base import AffineProcess, Shape, bounded, check_bound, check_delta, expand_as_event, sum_event
 
 
 class Bridge(AffineProcess):
@@ -62,6 +62,11 @@ class Bridge(AffineProcess):
     def prior(self, eps: Tensor, source: Tensor | None) -> Tensor:
         assert source is not None, "a bridge starts from source samples"
         return source + self.delta * eps
+
+    def prior_log_prob(self, z: Tensor, source: Tensor | None) -> Tensor:
+        assert source is not None, "a bridge starts from source samples"
+        normalised = (z - source) / self.delta
+        return -sum_event(0.5 * normalised**2 + math.log(self.delta) + 0.5 * math.log(2 * math.pi))
 
     def offset(self, t: Tensor, source: Tensor | None) -> Tensor | float:
         assert source is not None, "a bridge is asked for its path without a source"

@@ -23,6 +23,7 @@ from torch import Tensor
 from common import compare, report, train_and_test
 from nfdm_lightning import pictures
 from nfdm_lightning.data import Checkerboard, Digits, EightGaussians
+from nfdm_lightning.marginals import energy_test
 from nfdm_lightning.processes import Obstacle
 from nfdm_lightning.solvers import Ancestral
 from plugins_on_toy2d import sliced_wasserstein
@@ -30,23 +31,6 @@ from plugins_on_toy2d import sliced_wasserstein
 SOLVERS = {"sde": Ancestral(200), "ode": Ancestral(200, stochasticity=0.0)}
 REPEATS = 3
 TO_CHECKERBOARD = ["--data.target.distribution=Checkerboard", "--data.source.distribution=EightGaussians"]
-
-
-def energy_test(a: Tensor, b: Tensor, generator: torch.Generator, permutations: int = 300) -> float:
-    """Returns the p-value of a permutation test of the energy distance of two sets of points, (N, 2) each."""
-    distances = torch.cdist(torch.cat([a, b]).double(), torch.cat([a, b]).double())
-
-    def statistic(first: Tensor) -> Tensor:
-        # E|a-b| - E|a-a'|/2 - E|b-b'|/2 for equal sizes is, up to a factor, minus s^T D s with signs s
-        sign = torch.where(first, 1.0, -1.0).double()
-        return -sign @ distances @ sign
-
-    first = torch.arange(len(a) + len(b)) < len(a)
-    observed = statistic(first)
-    larger = sum(
-        bool(statistic(first[torch.randperm(len(first), generator=generator)]) >= observed) for _ in range(permutations)
-    )
-    return (larger + 1) / (permutations + 1)
 
 
 def toy(direction: str, seed: int, steps: int, scratch: Path) -> dict[str, float]:
@@ -66,7 +50,7 @@ def toy(direction: str, seed: int, steps: int, scratch: Path) -> dict[str, float
                 drawn = target.sample(4096, generator)
             else:
                 drawn, _ = model.sample(4096, SOLVERS[name], generator, source=start)
-            p_values.append(energy_test(drawn[:1000], fresh[:1000], generator))
+            p_values.append(energy_test(drawn[:1000], fresh[:1000], generator).p_value)
             distance += sliced_wasserstein(drawn, fresh) / REPEATS
         results |= {f"p_{name}": float(combine_pvalues(p_values).pvalue), f"sw2_{name}": distance}
     return results

@@ -21,7 +21,7 @@ from nfdm_lightning.decoder import Decoder
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.processes.base import AffineProcess, expand_as_event, sum_event
 from nfdm_lightning.reverse import ReverseProcess, drift
-from nfdm_lightning.seeding import mixed_seed
+from nfdm_lightning.seeding import generators, standard_normal
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,8 @@ def indexed_draws(x: Tensor, index: Tensor, draw: int, draws: int, seed: int = 0
     golden = (math.sqrt(5) - 1) / 2
     u = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     t = (u + index.cpu().double() * golden + draw / draws) % 1
-    event = (2, *x.shape[1:])
-    # fresh tensors: normal_() in place draws other numbers where memory is strided
-    noise = [
-        torch.randn(event, generator=torch.Generator().manual_seed(mixed_seed(seed, draw, i)), dtype=x.dtype)
-        for i in index.tolist()
-    ]
-    eps, eps_0 = torch.stack(noise, dim=1).to(x.device)
-    return Draws(t.to(x), eps, eps_0)
+    noise = standard_normal((len(x), 2, *x.shape[1:]), x.dtype, generators(index, seed, draw)).to(x.device)
+    return Draws(t.to(x), noise[:, 0], noise[:, 1])
 
 
 def variational_bound(

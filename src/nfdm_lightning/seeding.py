@@ -16,6 +16,11 @@ def mixed_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
+def generators(index: Tensor, *parts: int) -> list[torch.Generator]:
+    """Returns a CPU generator for each sample, seeded by the parts and the sample's place in its data set, (B,)."""
+    return [torch.Generator().manual_seed(mixed_seed(*parts, place)) for place in index.tolist()]
+
+
 def standard_normal(shape: tuple[int, ...], dtype: torch.dtype, generator: Generators) -> Tensor:
     """Returns standard normal draws on the CPU; with a generator for each sample, whatever the batch that it is in."""
     if generator is None or isinstance(generator, torch.Generator):

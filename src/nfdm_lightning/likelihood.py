@@ -1,0 +1,374 @@
+r"""Estimators of the negative log-likelihood, behind one interface.
+
+A process, a predictor and a volatility define two generative models of the latents, the SDE's and the ODE's, which agree
+only as far as training has made them: their likelihoods are two numbers, each with its own estimators.
+
+* :class:`Bound`: the variational bound of the SDE, above its negative log-likelihood.
+* :class:`ImportanceWeighted`: the same for K paths, between the bound and the likelihood, falling with K.
+* :class:`ODE`: the ODE's density by the change of variables along its path,
+
+.. math:: \log p_0(z_0) = \log p_1(z_1) + \int_0^1 \nabla \cdot f(z_t, t, \hat x(z_t, t))\, dt
+
+A coarse solver can fake a low value of the last: :func:`check_trust` compares with a finer one.
+"""
+
+import abc
+import copy
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from nfdm_lightning.bound import BoundTerms, bits_per_dim, indexed_draws, variational_bound
+from nfdm_lightning.decoder import Decoder, DiscreteDecoder
+from nfdm_lightning.dequantisation import Density, Dequantisation, WithDecoder, ends_at_data, log_mean_exp
+from nfdm_lightning.errors import ConfigError, NonFiniteError
+from nfdm_lightning.processes.base import forward_mode, sum_event
+from nfdm_lightning.reverse import ReverseProcess
+from nfdm_lightning.seeding import generators, standard_normal
+
+# begin the seeds of each use of random numbers, so that no two share a stream
+_DEQUANTISATION, _PROBES, _PATHS = 0xDE0, 0x9B0BE, 0x9A7
+_FIXED_STEPS = ("euler", "midpoint", "heun2", "heun3", "rk4")
+_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+_EXACT_TRACE_UP_TO = 16
+TRUST = 0.01
+"""Bits/dim by which two solves may differ."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate of the negative log-likelihood of each sample of a batch.
+
+    Attributes:
+        nats: (B,).
+        nfe: evaluations of the predictor per sample, all counted.
+        parts: what it is made of, each (B,) in nats, by name.
+        probes: for a stochastic trace, the estimates of the single probes, (P, B) in nats; else empty, (0, B).
+    """
+
+    nats: Tensor
+    nfe: int
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    probes: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+
+
+class Estimator(abc.ABC):
+    """Base of the estimators; a subclass writes :meth:`evaluate`.
+
+    The random numbers of a sample depend on the seed and on its place in the data set alone, so a value is the same for any
+    batch size and any number of processes (but for the tolerance of adaptive solvers).
+    """
+
+    of: str
+    """The model whose likelihood it estimates: SDE or ODE."""
+
+    @abc.abstractmethod
+    def evaluate(self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0) -> Estimate:
+        """Returns the estimates of a batch, without a graph.
+
+        Args:
+            reverse: the generative model.
+            decoder: p(x | z_0).
+            x: data, (B, *event), or pairs of data and source for a bridge.
+            index: place of each sample in the data set, (B,).
+            seed: of all random numbers.
+        """
+
+    def dequantisation_name(self, decoder: Decoder) -> str:
+        """Returns what connects latents and data, for the tags of a result."""
+        return WithDecoder.name
+
+
+class Bound(Estimator):
+    """The variational bound, averaged over stratified draws of time and noise.
+
+    Args:
+        draws: draws per sample.
+        discrete_steps: T, for the bound of T discrete steps; None is continuous time.
+    """
+
+    of = "SDE"
+
+    def __init__(self, draws: int = 32, discrete_steps: int | None = None) -> None:
+        if draws < 1:
+            raise ConfigError(f"Bound.draws={draws} must be at least 1")
+        if discrete_steps is not None and discrete_steps < 1:
+            raise ConfigError(f"Bound.discrete_steps={discrete_steps} must be at least 1, or null for continuous time")
+        self.draws, self.discrete_steps = draws, discrete_steps
+
+    @torch.no_grad()
+    def evaluate(self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0) -> Estimate:
+        target = reverse.process.split(x)[0]
+        every: list[BoundTerms] = []
+        for draw in range(self.draws):
+            draws = indexed_draws(target, index, draw, self.draws, seed)
+            every.append(variational_bound(reverse, decoder, x, draws, self.discrete_steps))
+        parts = {name: torch.stack([terms.named()[name] for terms in every]).mean(0) for name in every[0].named()}
+        return Estimate(torch.stack(list(parts.values())).sum(0), self.draws, parts)
+
+
+class ImportanceWeighted(Estimator):
+    r"""The importance-weighted bound of the model in T steps, with K paths of the forward process.
+
+    .. math::
+        -\log \frac1K \sum_k \frac{p(x \mid z_0)\, p(z_1) \prod p(z_s \mid z_t)}{q(z_1 \mid x) \prod q(z_s \mid z_t, x)},
+        \qquad p(z_s \mid z_t) = q(z_s \mid z_t, \hat x(z_t, t))
+
+    with the transitions of :class:`~nfdm_lightning.solvers.Ancestral`: it bounds the likelihood of that sampler with
+    ``nfe=steps``, which tends to the SDE's. For K = 1 its mean is the bound in T discrete steps, and it falls with K
+    (arXiv 1509.00519).
+
+    Args:
+        samples: K.
+        steps: T, by default 100.
+    """
+
+    of = "SDE"
+
+    def __init__(self, samples: int = 16, steps: int = 100) -> None:
+        if samples < 1 or steps < 1:
+            raise ConfigError(f"ImportanceWeighted: samples={samples} and steps={steps} must be at least 1")
+        self.samples, self.steps = samples, steps
+
+    @torch.no_grad()
+    def evaluate(self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0) -> Estimate:
+        log_w = torch.stack([self._log_weight(reverse, decoder, x, index, seed, k) for k in range(self.samples)])
+        return Estimate(-log_mean_exp(log_w), self.samples * self.steps, {"single_path": -log_w.mean(0)})
+
+    def _log_weight(self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int, k: int) -> Tensor:
+        process = reverse.process
+        target, source = process.split(x)
+        reverse = reverse.given(source)
+        # all at once: a call for each sample and step would cost more than a small network
+        shape = (len(x), self.steps + 1, *target.shape[1:])
+        noise = standard_normal(shape, x.dtype, generators(index, _PATHS, seed, k)).to(x.device).unbind(1)
+        times = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64).to(x)
+        one = x.new_ones(len(x))
+        z = process.transform(noise[0], one, x)
+        log_w = process.prior_log_prob(z, source) - process.log_prob(z, one, x)
+        for (t, s), eps in zip(itertools.pairwise(times), noise[1:], strict=True):
+            t, s = t.expand(len(x)), s.expand(len(x))
+            g2_t, g2_s = reverse.g2(t), reverse.g2(s)
+            mean, std = process.transition_moments(z, t, s, x, g2_t, g2_s)
+            mean_hat, std_hat = process.transition_moments(z, t, s, reverse.x_hat(z, t), g2_t, g2_s)
+            z = mean + std * eps
+            log_ratio = 0.5 * eps**2 - 0.5 * ((z - mean_hat) / std_hat) ** 2 + (std / std_hat).log()
+            log_w = log_w + sum_event(log_ratio)
+        return log_w + decoder.log_prob(target, z, *ends_at_data(reverse, x))
+
+
+class ODE(Estimator):
+    r"""The likelihood of the model's ODE, by the change of variables, for dequantised data.
+
+    The divergence is exact, with D forward-mode derivatives, or Hutchinson's estimate :math:`v^T \partial_z f\, v` with
+    the same random v along the whole path. Nothing is kept between evaluations: memory does not grow with their number.
+    With several draws of the dequantisation and a stochastic trace, the errors of the trace lower the value (Jensen's
+    inequality); the result of each probe is in the estimate, and :func:`check_trust` compares them.
+
+    Args:
+        dequantisation: WithDecoder, Density (continuous data), Uniform or TruncatedNormal; None takes Density for continuous
+            data and WithDecoder for discrete data.
+        draws: K, draws of the dequantisation, importance-weighted.
+        trace: ``exact``, ``hutchinson``, or ``auto``: exact up to 16 dimensions.
+        probes: random vectors for Hutchinson's estimate.
+        probe: their distribution, ``rademacher`` (of the least variance) or ``gaussian``.
+        method: of torchdiffeq: dopri5, dopri8, bosh3, fehlberg2 or adaptive_heun; or euler, midpoint, heun2, heun3 or rk4
+            with ``steps``.
+        rtol: relative tolerance of an adaptive method, of each sample.
+        atol: the same, absolute, of latents and of nats per dimension.
+        steps: number of steps of a method of fixed steps.
+    """
+
+    of = "ODE"
+
+    def __init__(
+        self,
+        dequantisation: Dequantisation | None = None,
+        draws: int = 1,
+        trace: Literal["auto", "exact", "hutchinson"] = "auto",
+        probes: int = 2,
+        probe: Literal["rademacher", "gaussian"] = "rademacher",
+        method: str = "dopri5",
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        steps: int | None = None,
+    ) -> None:
+        if draws < 1 or probes < 1:
+            raise ConfigError(f"ODE: draws={draws} and probes={probes} must be at least 1")
+        if method not in _FIXED_STEPS + _ADAPTIVE:
+            raise ConfigError(f"ODE.method={method!r}: choose from {', '.join(_ADAPTIVE + _FIXED_STEPS)}")
+        if (method in _FIXED_STEPS) != (steps is not None):
+            raise ConfigError(
+                f"ODE.method={method} {'needs' if steps is None else 'has'} "
+                + ("steps: give their number" if steps is None else "tolerances and no steps: leave steps out")
+            )
+        if steps is not None and steps < 1:
+            raise ConfigError(f"ODE.steps={steps} must be at least 1")
+        if not (rtol > 0 and atol > 0):
+            raise ConfigError(f"ODE: rtol={rtol} and atol={atol} must be positive")
+        self.dequantisation, self.draws = dequantisation, draws
+        self.trace, self.probes, self.probe = trace, probes, probe
+        self.method, self.rtol, self.atol, self.steps = method, rtol, atol, steps
+
+    def finer(self) -> Self:
+        """Returns the same estimator, with the same random numbers, at a tenth of the tolerances or four times the steps."""
+        finer = copy.copy(self)
+        finer.rtol, finer.atol = self.rtol / 10, self.atol / 10
+        finer.steps = None if self.steps is None else 4 * self.steps
+        return finer
+
+    def exact_trace(self, dimensions: int) -> bool:
+        """Returns whether the divergence of that many dimensions is exact."""
+        return self.trace == "exact" or (self.trace == "auto" and dimensions <= _EXACT_TRACE_UP_TO)
+
+    def dequantisation_name(self, decoder: Decoder) -> str:
+        name = self._dequantisation(decoder).name
+        return name if self.draws == 1 else f"{name}, {self.draws} importance-weighted draws"
+
+    def _dequantisation(self, decoder: Decoder) -> Dequantisation:
+        if self.dequantisation is not None:
+            return self.dequantisation
+        return WithDecoder() if isinstance(decoder, DiscreteDecoder) else Density()
+
+    @torch.no_grad()
+    def evaluate(self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0) -> Estimate:
+        source = reverse.process.split(x)[1]
+        reverse = reverse.given(source)
+        nfe, log_p, prior = 0, [], []
+        for k in range(self.draws):
+            own = generators(index, _DEQUANTISATION, seed, k)
+            z, log_w = self._dequantisation(decoder).draw(reverse, decoder, x, own)
+            end, log_det, evaluations = self._flow(reverse, z, generators(index, _PROBES, seed, k))
+            prior.append(reverse.process.prior_log_prob(end, source))
+            log_p.append(log_w + prior[-1] + log_det)
+            nfe += evaluations
+        by_probe = torch.stack(log_p, 1)  # (P or 1, K, B)
+        nats = -log_mean_exp(by_probe.mean(0))
+        if not torch.isfinite(nats).all():
+            bad = int((~torch.isfinite(nats)).int().argmax())
+            raise NonFiniteError(
+                f"the ODE likelihood of sample {int(index[bad])} is {float(nats[bad])}: the solve has diverged; tighten "
+                "rtol and atol, or give more steps"
+            )
+        single = (
+            torch.stack([-log_mean_exp(one) for one in by_probe]) if not self._is_exact(z) else nats.new_empty(0, len(x))
+        )
+        return Estimate(nats, nfe, {"prior": -torch.stack(prior).mean(0)}, single)
+
+    def _is_exact(self, z: Tensor) -> bool:
+        return self.exact_trace(z[0].numel())
+
+    def _vectors(self, z: Tensor, own: list[torch.Generator]) -> list[Tensor]:
+        if self._is_exact(z):
+            basis = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device)
+            return [unit.view(1, *z.shape[1:]).expand_as(z) for unit in basis]
+        drawn = standard_normal((len(z), self.probes, *z.shape[1:]), z.dtype, own).to(z.device)
+        if self.probe == "rademacher":
+            drawn = torch.where(drawn > 0, 1.0, -1.0).to(z)
+        return list(drawn.unbind(1))
+
+    def _flow(self, reverse: ReverseProcess, z: Tensor, own: list[torch.Generator]) -> tuple[Tensor, Tensor, int]:
+        """Returns z_1, the integral of the divergence for each probe, (P, B), or the exact one, (1, B), and the NFE."""
+        from torchdiffeq import odeint  # imports scipy: not at start-up
+
+        vectors, exact, dimensions = self._vectors(z, own), self._is_exact(z), z[0].numel()
+        integrals = 1 if exact else len(vectors)
+        nfe = 0
+
+        # one state (B, D + P): the latents, and the integrals per dimension, so that one tolerance serves both
+        def rate(time: Tensor, state: Tensor) -> Tensor:
+            nonlocal nfe
+            latents, t = state[:, :dimensions].view_as(z), time.to(z).expand(len(z)).contiguous()
+
+            def velocity(point: Tensor) -> Tensor:
+                return reverse.velocity(point, t)
+
+            traces, speed = [], latents
+            with forward_mode():
+                for vector in vectors:
+                    speed, derivative = torch.func.jvp(velocity, (latents,), (vector.contiguous(),))[:2]
+                    traces.append(sum_event(vector * derivative))
+                    nfe += 1
+            divergence = torch.stack(traces, 1)
+            if exact:
+                divergence = divergence.sum(1, keepdim=True)
+            return torch.cat([speed.flatten(1), divergence / dimensions], 1)
+
+        def norm(error: Tensor) -> Tensor:  # the worst sample's, so that its error does not depend on the others
+            return torch.maximum(error[:, :dimensions].square().mean(1).sqrt().max(), error[:, dimensions:].abs().max())
+
+        begin = torch.cat([z.flatten(1), z.new_zeros(len(z), integrals)], 1)
+        times = torch.tensor([0.0, 1.0], dtype=torch.float64).to(z)
+        try:
+            if self.steps is None:
+                end = odeint(rate, begin, times, rtol=self.rtol, atol=self.atol, method=self.method, options={"norm": norm})[
+                    1
+                ]
+            else:
+                end = odeint(rate, begin, times, method=self.method, options={"step_size": (1 + 1e-6) / self.steps})[1]
+        except AssertionError as error:  # torchdiffeq's, where a step becomes too small for the precision
+            raise NonFiniteError(
+                f"the ODE likelihood by {self.method} failed ({error}): loosen rtol={self.rtol} and atol={self.atol}, or "
+                "evaluate in float64"
+            ) from None
+        return end[:, :dimensions].view_as(z), dimensions * end[:, dimensions:].T, nfe
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whether an ODE likelihood is what it says, judged on some samples.
+
+    Attributes:
+        solver_gap: mean difference to the finer solve, in bits/dim: positive if the solve gives too low a value.
+        probe_gap: mean difference between two halves of the probes, in bits/dim; None for an exact trace.
+        samples: how many were compared.
+    """
+
+    solver_gap: float
+    probe_gap: float | None
+    samples: int
+
+    @property
+    def reasons(self) -> list[str]:
+        """What speaks against it, in words."""
+        found = []
+        if not abs(self.solver_gap) <= TRUST:
+            found.append(f"a finer solve differs by {self.solver_gap:+.4f} bits/dim")
+        if self.probe_gap is not None and not abs(self.probe_gap) <= TRUST:
+            found.append(f"two sets of probes differ by {self.probe_gap:+.4f} bits/dim")
+        return found
+
+    @property
+    def trusted(self) -> bool:
+        """Whether all differences are at most 0.01 bits/dim."""
+        return not self.reasons
+
+
+def check_trust(
+    ode: ODE, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Returns the differences in bits/dim, (B,), of a finer solve to the given one, and of two halves of the probes.
+
+    The second is empty for an exact trace. Both solves have the same random numbers and at least two probes.
+    """
+    given = copy.copy(ode)
+    given.probes = max(2, ode.probes)
+    coarse = given.evaluate(reverse, decoder, x, index, seed)
+    fine = given.finer().evaluate(reverse, decoder, x, index, seed)
+    dimensions = math.prod(reverse.shape)
+    halves = coarse.probes.new_empty(0)
+    if len(coarse.probes):
+        middle = len(coarse.probes) // 2
+        halves = bits_per_dim(coarse.probes[:middle].mean(0) - coarse.probes[middle:].mean(0), dimensions)
+    return bits_per_dim(fine.nats - coarse.nats, dimensions), halves
+
+
+def judge(differences: list[tuple[Tensor, Tensor]]) -> Trust:
+    """Returns the verdict on the differences of all batches, as :func:`check_trust` gives them."""
+    solver = torch.cat([one for one, _ in differences])
+    probe = torch.cat([two for _, two in differences])
+    return Trust(float(solver.mean()), float(probe.mean()) if len(probe) else None, len(solver))

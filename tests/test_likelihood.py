@@ -202,12 +202,12 @@ def test_ode_likelihood_is_the_change_of_variables_of_its_flow(process, process_
     reverse = any_model(process, shape)
     x = data_for(process, torch.randn(2, *shape))
     z = reverse.process.split(x)[0]
-    estimate = ODE(Density(), trace="exact", rtol=1e-8, atol=1e-8).evaluate(reverse, GaussianDecoder(), x, torch.arange(2))
+    estimate = ODE(Density(), method="dopri8", rtol=1e-6, atol=1e-6).evaluate(reverse, GaussianDecoder(), x, torch.arange(2))
     alpha = process.reference(torch.zeros(1))[0]
     source = process.split(x)[1]
     one = reverse.given(None if source is None else source[:1])
     expected = jacobian_log_density(one, alpha * z[:1]) + math.prod(shape) * alpha.log()
-    assert float(-estimate.nats[0]) == pytest.approx(float(expected), abs=2e-4)
+    assert float(-estimate.nats[0]) == pytest.approx(float(expected), abs=5e-4)
 
 
 def test_ode_likelihood_of_images_against_zuko():

@@ -1,4 +1,4 @@
-"""The ``lightning`` command: fit, validate, test and predict by LightningCLI, and sample."""
+"""The ``lightning`` command: fit, validate, test and predict by LightningCLI, sample and likelihood."""
 
 import json
 import os
@@ -30,12 +30,14 @@ from nfdm_lightning.callbacks import (
 )
 from nfdm_lightning.data import DataModule
 from nfdm_lightning.errors import CheckpointError, ConfigError, DataError, NfdmError
+from nfdm_lightning.evaluation import add_likelihood_subcommand, run_likelihood
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.report import build_report, report_path, write_report
 from nfdm_lightning.sampling import add_sample_subcommand, run_sample
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_SIGINT, EXIT_SIGTERM = 1, 2, 130, 143
 CHECKPOINTS = "checkpoints"
+_COMMANDS = {"sample": run_sample, "likelihood": run_likelihood}
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
@@ -94,12 +96,13 @@ class NfdmCLI(LightningCLI):
     def _add_subcommands(self, parser: Any, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
         add_sample_subcommand(parser)
+        add_likelihood_subcommand(parser)
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
         subcommand = self.config.get("subcommand")
-        if subcommand in (None, "sample"):
+        if subcommand in (None, *_COMMANDS):
             return
         config = self.config[subcommand]
         files = [str(path) for path in config.get("config") or []]
@@ -221,8 +224,8 @@ def checkpoint_hyper_parameters(path: Path) -> dict[str, Any]:
 
 
 def _run(args: list[str]) -> None:
-    if args and args[0] == "sample":
-        run_sample(args[1:])
+    if args and args[0] in _COMMANDS:
+        _COMMANDS[args[0]](args[1:])
     else:
         NfdmCLI(args)
 

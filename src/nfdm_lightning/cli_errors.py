@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from nfdm_lightning import callbacks, networks
 from nfdm_lightning.data import DataModule, Distribution2D
+from nfdm_lightning.dequantisation import Dequantisation
 from nfdm_lightning.errors import NfdmError
 from nfdm_lightning.features import FeatureExtractor
 from nfdm_lightning.predictor import Predictor
@@ -35,6 +36,7 @@ _BASES: dict[str, type] = {
     "solver": Solver,
     "solvers": Solver,
     "features": FeatureExtractor,
+    "dequantisation": Dequantisation,
     "data": DataModule,
     "target": DataModule,
     "source": DataModule,

@@ -26,7 +26,7 @@ from nfdm_lightning.bound import BoundTerms, bits_per_dim, indexed_draws, variat
 from nfdm_lightning.decoder import Decoder, DiscreteDecoder
 from nfdm_lightning.dequantisation import Density, Dequantisation, WithDecoder, ends_at_data, log_mean_exp
 from nfdm_lightning.errors import ConfigError, NonFiniteError
-from nfdm_lightning.processes.base import forward_mode, sum_event
+from nfdm_lightning.processes.base import sum_event
 from nfdm_lightning.reverse import ReverseProcess
 from nfdm_lightning.seeding import generators, standard_normal
 
@@ -164,10 +164,10 @@ class ImportanceWeighted(Estimator):
 class ODE(Estimator):
     r"""The likelihood of the model's ODE, by the change of variables, for dequantised data.
 
-    The divergence is exact, with D forward-mode derivatives, or Hutchinson's estimate :math:`v^T \partial_z f\, v` with
-    the same random v along the whole path. Nothing is kept between evaluations: memory does not grow with their number.
-    With several draws of the dequantisation and a stochastic trace, the errors of the trace lower the value (Jensen's
-    inequality); the result of each probe is in the estimate, and :func:`check_trust` compares them.
+    The divergence is exact, by D backward passes, or Hutchinson's estimate :math:`v^T \partial_z f\, v`, by one for each
+    random v, which is the same along the whole path. Nothing is kept between evaluations, so memory does not grow with
+    their number. With several draws of the dequantisation and a stochastic trace, the errors of the trace lower the value
+    (Jensen's inequality); the result of each probe is in the estimate, and :func:`check_trust` compares them.
 
     Args:
         dequantisation: WithDecoder, Density (continuous data), Uniform or TruncatedNormal; None takes Density for continuous
@@ -287,13 +287,10 @@ class ODE(Estimator):
             def velocity(point: Tensor) -> Tensor:
                 return reverse.velocity(point, t)
 
-            traces, speed = [], latents
-            with forward_mode():
-                for vector in vectors:
-                    speed, derivative = torch.func.jvp(velocity, (latents,), (vector.contiguous(),))[:2]
-                    traces.append(sum_event(vector * derivative))
-                    nfe += 1
-            divergence = torch.stack(traces, 1)
+            # reverse mode: the velocity may hold a forward derivative in t, and not every function has two of these
+            speed, pullback = torch.func.vjp(velocity, latents)[:2]
+            divergence = torch.stack([sum_event(vector * pullback(vector)[0]) for vector in vectors], 1)
+            nfe += 1
             if exact:
                 divergence = divergence.sum(1, keepdim=True)
             return torch.cat([speed.flatten(1), divergence / dimensions], 1)

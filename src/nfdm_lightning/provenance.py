@@ -4,6 +4,7 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "torch-fidelity", "nfdm-lightning")
 
@@ -28,6 +29,17 @@ def commit(folder: Path | None = None) -> str | None:
 def _git(folder: Path, *command: str) -> str:
     done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
+
+
+def settings_of(part: object) -> dict[str, Any]:
+    """Returns the settings of a solver or estimator as plain data: its attributes, and those of the parts in it by class."""
+    found: dict[str, Any] = {}
+    for name, value in vars(part).items():
+        if value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)):
+            found[name] = value
+        else:
+            found[name] = {"class": type(value).__name__, **settings_of(value)}
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -107,16 +107,29 @@ def _sources(model: NeuralDiffusion, data: DataModule | None, ckpt_path: Path, n
         if data is not None:
             raise ConfigError(f"--source: {name} is not a bridge, it starts from noise")
         return None
-    if data is None:
-        config = ckpt_path.parent.parent / "config.yaml"
-        if not config.is_file():
-            raise ConfigError(f"{name} is a bridge: give the data to start from with --source=, as there is no {config}")
-        parser = Parser()
-        parser.add_subclass_arguments(DataModule, "data")
-        stored = yaml.safe_load(config.read_text())["data"]
-        data = parser.instantiate(parser.parse_object({"data": stored})).data
-    assert isinstance(data, DataModule)
+    data = stored_data(ckpt_path, "source") if data is None else data
     return data.sources(number)
+
+
+def stored_data(ckpt_path: Path, option: str) -> DataModule:
+    """Returns the data of the run that wrote a checkpoint.
+
+    Args:
+        ckpt_path: the checkpoint.
+        option: of the command line, with which other data are given.
+
+    Raises:
+        ConfigError: there is no config.yaml in the run's folder.
+    """
+    config = ckpt_path.parent.parent / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(f"{ckpt_path} has no {config} to say what data it is of: give them with --{option}=")
+    parser = Parser()
+    parser.add_subclass_arguments(DataModule, "data")
+    stored = yaml.safe_load(config.read_text())["data"]
+    data = parser.instantiate(parser.parse_object({"data": stored})).data
+    assert isinstance(data, DataModule)
+    return data
 
 
 def sample_parser(**kwargs: Any) -> Parser:

@@ -38,6 +38,7 @@ from nfdm_lightning.data.base import SPLITS
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.features import FeatureExtractor, Inception
 from nfdm_lightning.module import NeuralDiffusion
+from nfdm_lightning.provenance import settings_of
 from nfdm_lightning.seeding import mixed_seed
 from nfdm_lightning.solvers import Ancestral, Solver
 
@@ -209,7 +210,7 @@ class FID(Callback):
             values = [{**value, "value": math.nan} for value in values]
         protocol = {
             "sampler": name,
-            "solver": {"class": type(solver).__name__, **_settings(solver)},
+            "solver": {"class": type(solver).__name__, **settings_of(solver)},
             "nfe": evaluations / self.number,
             "number": self.number,
             "seed": self.seed,
@@ -366,17 +367,13 @@ def _pixels(x: Tensor, levels: int) -> Tensor:
     return (to_levels(x, levels).double() * 255 / (levels - 1)).round().to(torch.uint8)
 
 
-def _settings(solver: Solver) -> dict[str, Any]:
-    return {name: value for name, value in vars(solver).items() if isinstance(value, (bool, int, float, str))}
-
-
 def _named(solvers: list[Solver]) -> dict[str, Solver]:
     """Returns the solvers by name: class and nfe, and where these are the same, the settings that differ."""
-    names = [f"{type(solver).__name__}{_settings(solver).get('nfe', '')}" for solver in solvers]
+    names = [f"{type(solver).__name__}{settings_of(solver).get('nfe', '')}" for solver in solvers]
     named: dict[str, Solver] = {}
     for name, solver in zip(names, solvers, strict=True):
-        alike = [_settings(other) for other_name, other in zip(names, solvers, strict=True) if other_name == name]
-        unlike = {k: v for k, v in _settings(solver).items() if any(settings.get(k) != v for settings in alike)}
+        alike = [settings_of(other) for other_name, other in zip(names, solvers, strict=True) if other_name == name]
+        unlike = {k: v for k, v in settings_of(solver).items() if any(settings.get(k) != v for settings in alike)}
         full = name + "".join(f"_{k}{v}" for k, v in unlike.items())
         if full in named:
             raise ConfigError(f"FID: solvers names {full} twice: remove one")

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from nfdm_lightning.bound import BoundTerms, Draws, bits_per_dim, random_draws, variational_bound
 from nfdm_lightning.decoder import Decoder, DiscreteDecoder, GaussianDecoder
 from nfdm_lightning.errors import ConfigError
-from nfdm_lightning.labels import Batch, Labelled, build_part, unpack
+from nfdm_lightning.labels import Batch, Labelled, build_part, no_label, unpack
 from nfdm_lightning.predictor import DataSpec, Predictor, XPrediction
 from nfdm_lightning.processes import NFDM, ForwardProcess, Penalty
 from nfdm_lightning.processes.base import AffineProcess, Shape
@@ -181,7 +181,9 @@ class NeuralDiffusion(LightningModule):
 
     def target(self, batch: Batch) -> Tensor:
         """Returns what is to be generated, (B, *event): the samples, or the first of each pair for a bridge."""
-        return self.reverse.process.split(self._unpack(batch)[0])[0]
+        x, _ = unpack(batch)
+        self._check(x)
+        return self.reverse.process.split(x)[0]
 
     def _unpack(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Returns samples, (B, *event), and labels, if there are any, of a batch that fits the model."""
@@ -255,10 +257,11 @@ class NeuralDiffusion(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         torch.manual_seed(self._step_seed(_DROPOUT))  # dropout draws from the global generators
-        generator, target = self.step_generator(), self.target(batch)
+        (x, label), generator = self._unpack(batch), self.step_generator()
+        target = self.target(x)
         draws = random_draws(target.to(self.dtype), generator)
-        if isinstance(batch, Labelled):
-            batch = self._hide_labels(batch, generator)
+        if label is not None:
+            batch = Labelled(x, self._hide(label, generator))
         with self.reverse.full_precision(target.device):
             terms = self.bound(batch, draws)
             loss = terms.nats.mean() + self._penalty(batch, terms)
@@ -272,11 +275,10 @@ class NeuralDiffusion(LightningModule):
             loss / self.dimensions
         )  # per dimension for the optimiser alone: gradient clipping then means the same for any size
 
-    def _hide_labels(self, batch: Labelled, generator: torch.Generator) -> Labelled:
-        """Replaces each label, with the probability of the label dropout, by that of no label."""
-        assert self.num_classes is not None
-        hidden = torch.rand(len(batch.labels), generator=generator, dtype=torch.float64) < self.hparams["label_dropout"]
-        return Labelled(batch.samples, batch.labels.masked_fill(hidden.to(batch.labels.device), self.num_classes))
+    def _hide(self, label: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns the labels, (B,), each replaced by that of no label with the probability of the label dropout."""
+        hidden = torch.rand(len(label), generator=generator, dtype=torch.float64) < self.hparams["label_dropout"]
+        return torch.where(hidden.to(label.device), no_label(label, self.num_classes or 0), label)
 
     def _penalty(self, batch: Batch, terms: BoundTerms) -> Tensor:
         total = terms.nats.new_zeros(())
@@ -349,6 +351,13 @@ class NeuralDiffusion(LightningModule):
         solution = replace(solution, nfe=solution.nfe * reverse.evaluations)
         alpha, _ = self.reverse.process.reference(z.new_zeros(1))
         return self.decoder.mode(solution.z, alpha[0]), solution
+
+    def labels_in_turn(self, number: int, classes: Sequence[int] | None = None) -> Tensor | None:
+        """Returns labels for samples, (number,): the classes in turn, all unless given; None if the model has no classes."""
+        if self.num_classes is None:
+            return None
+        chosen = torch.tensor(range(self.num_classes) if classes is None else classes, dtype=torch.long)
+        return chosen[torch.arange(number) % len(chosen)]
 
     def _check_label(self, number: int, label: Tensor | None, guidance: float) -> Tensor | None:
         """Returns labels on the model's device."""

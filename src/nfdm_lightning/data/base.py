@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from nfdm_lightning.checksums import tensors_md5
-from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.errors import ConfigError, DataError
 from nfdm_lightning.labels import Batch, Labelled, unpack
 from nfdm_lightning.seeding import mixed_seed
 
@@ -294,10 +294,19 @@ class DataModule(LightningDataModule, abc.ABC):
         classes, labels = self.num_classes, self.labels(split)
         if classes is None or labels is None:
             raise ConfigError(f"{type(self).__name__}: the {split} split comes without labels; set data.labels=false")
-        return labels
+        return labels.long()
 
     def _with_labels(self, samples: Samples, split: str) -> Samples:
-        return _LabelledSamples(samples, self.model_labels(split)) if self.with_labels else samples
+        classes = self.num_classes
+        if classes is None:
+            return samples
+        labels = self.model_labels(split)
+        if len(labels) != len(samples) or not bool(((labels >= 0) & (labels < classes)).all()):
+            raise DataError(
+                f"{type(self).__name__}: the {len(samples)} samples of the {split} split have {len(labels)} labels from "
+                f"{int(labels.min())} to {int(labels.max())}; one label for each was expected, below {classes}"
+            )
+        return _LabelledSamples(samples, labels)
 
     @cached_property
     def checksum(self) -> str:

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
-from conftest import PROCESSES, Ignored, batch, central_difference, data_for, perturb, small_flow, small_mlp, small_network
+from conftest import (
+    PROCESSES,
+    SHAPES,
+    Ignored,
+    batch,
+    central_difference,
+    data_for,
+    perturb,
+    small_flow,
+    small_mlp,
+    small_network,
+)
 from nfdm_lightning.bound import Draws, random_draws, variational_bound
 from nfdm_lightning.decoder import GaussianDecoder
 from nfdm_lightning.errors import ConfigError
@@ -119,7 +130,10 @@ def labelled(name: str, shape: tuple[int, ...], num_classes: int = 3) -> Forward
 LABELLED = [name for name in PROCESSES if not name.startswith("gaussian")]
 
 
-@pytest.mark.parametrize("name", LABELLED)
+CASES = [*((name, SHAPES["vector"]) for name in LABELLED), ("nfdm", SHAPES["image"]), ("flow_nfdm", SHAPES["image"])]
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=lambda value: value if isinstance(value, str) else len(value))
 def test_every_learned_process_sees_its_labels(name, shape):
     free, (eps, t, x) = labelled(name, shape), batch(shape)
     x, label = data_for(free, x), torch.tensor([0, 1, 2, 1])
@@ -176,19 +190,16 @@ def model(process: str = "nfdm", **settings: object) -> NeuralDiffusion:
     return built
 
 
-@pytest.mark.parametrize("name", LABELLED)
-@pytest.mark.parametrize("discrete", [False, True])
-def test_gradients_reach_the_labels_of_the_batch_and_no_others(name, discrete):
-    if discrete and name.startswith("flow"):
-        pytest.skip("not affine")
-    torch.manual_seed(0)
+@pytest.mark.parametrize(
+    ("name", "steps"), [*((name, None) for name in LABELLED), ("nfdm", 10), ("separable", 10), ("mulan", 10)]
+)
+def test_gradients_reach_the_labels_of_the_batch_and_no_others(name, steps):
     process = labelled(name, (3,))
     predictor = XPrediction(DataSpec((3,), source=process.takes_source, num_classes=3), small_network)
     reverse = ReverseProcess(process, predictor, LearnedVolatility())
     perturb(reverse)
     _, _, x = batch((3,), 8)
     label = torch.tensor([0, 3, 0, 3, 0, 0, 3, 0])
-    steps = 10 if discrete else None
     variational_bound(reverse, GaussianDecoder(), data_for(process, x), random_draws(x), steps, label).nats.sum().backward()
     embeddings = {name: m.weight.grad for name, m in reverse.named_modules() if isinstance(m, nn.Embedding)}
     assert {name.split(".")[0] for name in embeddings} == {"process", "predictor"}

@@ -57,7 +57,8 @@ class Benchmark(DataModule):
         num_workers: loader processes.
         seed: of the order of the training data; the splits are fixed.
         flip: whether training images are mirrored left to right at random.
-        labels: whether batches carry the class of each sample, for a conditional model.
+        labels: whether batches carry the class of each sample, for a conditional model; if some classes alone are kept,
+            these are numbered anew in their order.
     """
 
     class_names: ClassVar[tuple[str, ...]] = ()

@@ -189,7 +189,7 @@ def test_a_difference_between_data_and_itself_is_none(tmp_path):
     """The distance of a split to itself is zero, to another it is not."""
 
     class Copies(NeuralDiffusion):
-        def sample(self, number, solver=None, generator=None, trajectory=False, source=None):
+        def sample(self, number, solver=None, generator=None, trajectory=False, source=None, label=None, guidance=1.0):
             self.place = getattr(self, "place", 0) + number
             x = data.split("val")[self.place - number : self.place].double()
             return x, Solution(x, 1, x.new_empty(0), x.new_empty(0))

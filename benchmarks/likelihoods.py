@@ -3,10 +3,10 @@
     python benchmarks/likelihoods.py RUN... [--number 256] [--split test] [--out FILE]
     python benchmarks/likelihoods.py --memory [--out FILE]
 
-For run folders of image data. ``bound`` and ``iw`` are of the SDE, ``ode_*`` of the ODE under three dequantisations (``uniform``
-with 1 and 4 draws), ``ode_euler8`` is 8 Euler steps, whose guard must trip. With --memory: the peak resident memory of an ODE
-likelihood of one batch of 32x32 colour images by the networks of cifar10_small_nfdm.yaml, untrained, by number of Euler steps,
-each in a process of its own.
+For run folders of image data. ``bound`` and ``iw`` are of the SDE, ``ode_*`` of the ODE under three dequantisations
+(``uniform`` with 1 and 4 draws), ``ode_euler8`` is 8 Euler steps, whose guard must trip. With --memory: the peak resident
+memory of an ODE likelihood of one batch of 32x32 colour images by the networks of cifar10_small_nfdm.yaml, untrained, by
+number of Euler steps, each in a process of its own.
 """
 
 import argparse

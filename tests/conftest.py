@@ -41,14 +41,15 @@ small_mlp = partial(ResidualMLP, width=16, depth=1)
 small_unet = partial(UNet, channels=8, multipliers=(1, 2))
 
 
-def small_network(in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> nn.Module:
-    return small_unet(in_shape, out_shape) if len(in_shape) == 3 else small_mlp(in_shape, out_shape)
+def small_network(in_shape: tuple[int, ...], out_shape: tuple[int, ...], num_classes: int | None = None) -> nn.Module:
+    build = small_unet if len(in_shape) == 3 else small_mlp
+    return build(in_shape, out_shape, num_classes=num_classes)
 
 
-def small_flow(shape: tuple[int, ...]) -> ConditionalFlow:
+def small_flow(shape: tuple[int, ...], num_classes: int | None = None) -> ConditionalFlow:
     if len(shape) == 3:
-        return AffineCoupling(shape, partial(UNet, channels=8, multipliers=(1,)), layers=3)
-    return SplineCoupling(shape, small_mlp, layers=2)
+        return AffineCoupling(shape, partial(UNet, channels=8, multipliers=(1,)), layers=3, num_classes=num_classes)
+    return SplineCoupling(shape, small_mlp, layers=2, num_classes=num_classes)
 
 
 PROCESSES: dict[str, Callable[[tuple[int, ...]], ForwardProcess]] = {

@@ -17,7 +17,20 @@ import torch
 from PIL import Image
 
 from nfdm_lightning import data as datasets
-from nfdm_lightning.data import AFHQ, CIFAR10, MNIST, CelebAHQ, DataModule, Digits, Files, ImageNet32, Pairs, Toy2D, storage
+from nfdm_lightning.data import (
+    AFHQ,
+    CIFAR10,
+    MNIST,
+    Blob,
+    CelebAHQ,
+    DataModule,
+    Digits,
+    Files,
+    ImageNet32,
+    Pairs,
+    Toy2D,
+    storage,
+)
 from nfdm_lightning.data.benchmark import chosen_classes
 from nfdm_lightning.data.mnist import FashionMNIST, read_idx
 from nfdm_lightning.errors import ConfigError, DataError
@@ -732,7 +745,7 @@ def test_records_of_other_data_and_labels(standins):
     assert pairs.labels("test").tolist() == [1] * 4
     assert Digits(digit=4).labels("test").unique().tolist() == [4]
     assert Digits(digit=4).record()["classes"] == ["4"]
-    assert Toy2D(train_size=10, eval_size=5).labels("train") is None
+    assert Toy2D(Blob, train_size=10, eval_size=5).labels("train") is None  # one part
     assert Toy2D(train_size=10, eval_size=5).record()["shape"] == [2]
 
 

@@ -126,6 +126,8 @@ def test_the_distance_is_that_of_scipy_and_carries_its_protocol(tmp_path):
             "sampler": "Ancestral4",
             "solver": {"class": "Ancestral", "nfe": 4, "steps": 4, "stochasticity": 1.0},
             "nfe": 4.0,
+            "labels": None,
+            "guidance": 1.0,
             "number": 30,
             "seed": 0,
             "batch_size": 8,
@@ -187,7 +189,7 @@ def test_a_difference_between_data_and_itself_is_none(tmp_path):
     """The distance of a split to itself is zero, to another it is not."""
 
     class Copies(NeuralDiffusion):
-        def sample(self, number, solver=None, generator=None, trajectory=False, source=None):
+        def sample(self, number, solver=None, generator=None, trajectory=False, source=None, label=None, guidance=1.0):
             self.place = getattr(self, "place", 0) + number
             x = data.split("val")[self.place - number : self.place].double()
             return x, Solution(x, 1, x.new_empty(0), x.new_empty(0))
@@ -413,6 +415,31 @@ def test_a_bridge_starts_from_the_sources_of_the_split(tmp_path):
     expected = gaussian_distance(callback.features(pixels_of(Few()))[0], callback.features(fid._pixels(x, 17))[0])
     assert results[0]["value"] == pytest.approx(expected, rel=1e-7)
     assert results[0]["source_split"] == "test"
+
+
+@pytest.mark.filterwarnings("ignore:Matrix is singular")
+def test_a_conditional_model_is_sampled_with_the_labels_of_the_reference(tmp_path):
+    class Labelled(Few):
+        def labels(self, split: str) -> Tensor:
+            return super().labels(split)[:40]
+
+    data, built = Labelled(labels=True), model(num_classes=10)
+    callback = FID(features(), [Euler(2)], 60, batch_size=25, cache=str(tmp_path), guidance=1.5)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    results, logged = measure(tmp_path, callback, data, built)
+    label = torch.arange(60) * 40 // 60
+    assert label.bincount().max() == 2  # of every sample's label once or twice
+    generators = [torch.Generator().manual_seed(fid.mixed_seed(fid._SAMPLES, 0, i)) for i in range(60)]
+    x, _ = built.sample(60, Euler(2), generators, label=data.labels("train")[label], guidance=1.5)
+    other, _ = built.sample(60, Euler(2), generators, label=data.labels("train")[: 60 - 20].repeat(2)[:60], guidance=1.5)
+    reference = callback.features(pixels_of(data))[0]
+    expected, wrong = (gaussian_distance(reference, callback.features(fid._pixels(y, 17))[0]) for y in (x, other))
+    assert results[0]["value"] == pytest.approx(expected, rel=1e-7)
+    assert abs(expected - wrong) > 1e-4 * expected
+    assert (results[0]["labels"], results[0]["guidance"], results[0]["nfe"]) == ("of the train split", 1.5, 4.0)
+    assert set(logged) == {"test/fd_random@Euler2_guidance1.5"}
 
 
 def test_samples_that_are_not_finite_have_no_distance(tmp_path):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Pairs,
         Toy2D,
     )
+    from nfdm_lightning.labels import Labelled
     from nfdm_lightning.module import NeuralDiffusion
     from nfdm_lightning.networks import DiT, ResidualMLP, UNet, VDMUNet
     from nfdm_lightning.predictor import EpsPrediction, LevelPrediction, VPrediction, XPrediction
@@ -60,6 +61,7 @@ _HOMES = {
         "Pairs",
         "Toy2D",
     ),
+    "labels": ("Labelled",),
     "module": ("NeuralDiffusion",),
     "networks": ("DiT", "ResidualMLP", "UNet", "VDMUNet"),
     "predictor": ("EpsPrediction", "LevelPrediction", "VPrediction", "XPrediction"),
@@ -112,6 +114,7 @@ __all__ = [
     "Heun",
     "ImageNet32",
     "ImageNet64",
+    "Labelled",
     "LevelPrediction",
     "MuLAN",
     "NeuralDiffusion",

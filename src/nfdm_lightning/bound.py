@@ -8,7 +8,7 @@ r"""The variational bound on -log p(x): three terms, all trained, in nats per sa
 
 (NFDM, arXiv 2404.12940, equation 10 and appendix A.) Without the first and the last term a learned process collapses.
 In discrete time the diffusion term is a sum of T divergences instead (NDM, arXiv 2310.08337, section 3). For a bridge all
-terms are given the source, and the bound is on -log p(x | source).
+terms are given the source, and the bound is on -log p(x | source); given labels, it is on -log p(x | label).
 """
 
 import math
@@ -136,7 +136,12 @@ def indexed_draws(x: Tensor, index: Tensor, draw: int, draws: int, seed: int = 0
 
 
 def variational_bound(
-    reverse: ReverseProcess, decoder: Decoder, x: Tensor, draws: Draws, discrete_steps: int | None = None
+    reverse: ReverseProcess,
+    decoder: Decoder,
+    x: Tensor,
+    draws: Draws,
+    discrete_steps: int | None = None,
+    label: Tensor | None = None,
 ) -> BoundTerms:
     """Returns one draw of the three terms for each sample.
 
@@ -146,10 +151,11 @@ def variational_bound(
         x: data, (B, *event), or pairs of data and source, (B, 2, *event), for a bridge.
         draws: the random numbers.
         discrete_steps: T for the discrete-time bound; None is continuous time.
+        label: labels, (B,), for the bound on -log p(x | label); None is no label.
     """
+    target, source = reverse.process.split(x)
+    reverse = reverse.given(source, label)
     process = reverse.process
-    target, source = process.split(x)
-    reverse = reverse.given(source)
     alpha, sigma = (value[0] for value in process.reference(x.new_zeros(1)))
     t = draws.t
     if discrete_steps is None:

@@ -38,6 +38,7 @@ from nfdm_lightning.sampling import add_sample_subcommand, run_sample
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_SIGINT, EXIT_SIGTERM = 1, 2, 130, 143
 CHECKPOINTS = "checkpoints"
 _COMMANDS = {"sample": run_sample, "likelihood": run_likelihood}
+_LINKED = ("shape", "levels", "data_std", "num_classes")  # what the model takes from the data
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
@@ -90,7 +91,7 @@ class NfdmCLI(LightningCLI):
         parser.add_lightning_class_args(TrainingRecord, "training_record")
         parser.add_lightning_class_args(StopBetweenSteps, "stop")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
-        for name in ("shape", "levels", "data_std"):
+        for name in _LINKED:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
     def _add_subcommands(self, parser: Any, **kwargs: Any) -> None:
@@ -179,9 +180,10 @@ class NfdmCLI(LightningCLI):
         report = build_report(self.trainer, self.model, checkpoint, config.get(self.subcommand, config))
         path, metrics = report_path(checkpoint), report["metrics"]
         write_report(report, path)
+        given = "" if self.model.num_classes is None else " given the labels"
         print(
             f"test bits/dim: {metrics['test/bits_per_dim']:.4f} +- {metrics['test/bits_per_dim_se']:.4f} "
-            f"(bound; standard error over data and draws), written to {path}"
+            f"(bound{given}; standard error over data and draws), written to {path}"
         )
 
 
@@ -219,8 +221,8 @@ def checkpoint_hyper_parameters(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a readable checkpoint ({reason}); give another with --ckpt_path") from None
     if not isinstance(checkpoint, dict) or "hyper_parameters" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint of a NeuralDiffusion: it has no hyper-parameters")
-    linked = ("shape", "levels", "data_std", "_instantiator")
-    return {name: value for name, value in checkpoint["hyper_parameters"].items() if name not in linked}
+    known = (*_LINKED, "_instantiator")
+    return {name: value for name, value in checkpoint["hyper_parameters"].items() if name not in known}
 
 
 def _run(args: list[str]) -> None:

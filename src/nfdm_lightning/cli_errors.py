@@ -41,7 +41,7 @@ _BASES: dict[str, type] = {
     "target": DataModule,
     "source": DataModule,
 }
-_LINKED = {"model.shape", "model.levels", "model.data_std"}  # filled in from the data
+_LINKED = {"model.shape", "model.levels", "model.data_std", "model.num_classes"}  # filled in from the data
 _OF_THE_PARSER = {"help", "config", "print_config", "print_shtab"}
 _NAMED: dict[str, Sequence[str]] = {
     "network": networks.__all__,

@@ -25,6 +25,7 @@ from nfdm_lightning.checksums import tensors_md5
 from nfdm_lightning.cli_errors import Parser
 from nfdm_lightning.data import DataModule
 from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.labels import Labelled
 from nfdm_lightning.likelihood import ODE, TRUST, Bound, Estimator, ImportanceWeighted, Trust, check_trust, judge
 from nfdm_lightning.marginals import Consistency, MarginalGap
 from nfdm_lightning.module import NeuralDiffusion
@@ -146,11 +147,13 @@ class _Data:
 
     def __init__(self, data: DataModule, split: Literal["val", "test"], number: int | None) -> None:
         self.data, self.raw = data, data.raw(split)
+        self.labels = None if data.num_classes is None else data.model_labels(split)
         self.number = len(self.raw) if number is None else min(number, len(self.raw))
 
-    def fetch(self, places: Tensor, model: NeuralDiffusion) -> Tensor:
-        """Returns samples as the model takes them."""
-        return self.data.normalise(self.raw[places].to(model.device)).to(model.dtype)
+    def fetch(self, places: Tensor, model: NeuralDiffusion) -> tuple[Tensor, Tensor | None]:
+        """Returns samples as the model takes them, and their labels if the model is conditional."""
+        x = self.data.normalise(self.raw[places].to(model.device)).to(model.dtype)
+        return x, None if self.labels is None else self.labels[places].to(model.device)
 
 
 class _Batches:
@@ -251,7 +254,8 @@ def likelihood(
     data = stored_data(checkpoint, "data") if data is None else data
     with fabric.rank_zero_first():
         samples = _Data(data, split, number)
-        model.target(samples.fetch(torch.tensor([0]), model))  # refuses data of another shape
+        x, label = samples.fetch(torch.tensor([0]), model)
+        model.target(x if label is None else Labelled(x, label))  # refuses data of another shape
     run = _Run(fabric, model, samples, batch_size, seed, checkpoint, split, progress)
     found = [run.measure(name, known[name]) for name in dict.fromkeys(names)]
     if guard:
@@ -335,8 +339,8 @@ class _Run:
         model, settings = self.model, settings_of(estimator)
 
         def evaluate(places: Tensor) -> dict[str, Tensor]:
-            x = self.samples.fetch(places, model)
-            result = estimator.evaluate(model.reverse, model.decoder, x, places, self.seed)
+            x, label = self.samples.fetch(places, model)
+            result = estimator.evaluate(model.reverse, model.decoder, x, places, self.seed, label)
             values = {"nats": result.nats, "nfe": torch.full_like(result.nats, result.nfe), **result.parts}
             return {key: value.double() for key, value in values.items()}
 
@@ -358,8 +362,8 @@ class _Run:
         model, number = self.model, min(number, self.samples.number)
 
         def evaluate(places: Tensor) -> dict[str, Tensor]:
-            x = self.samples.fetch(places, model)
-            solver, probe = check_trust(ode, model.reverse, model.decoder, x, places, self.seed)
+            x, label = self.samples.fetch(places, model)
+            solver, probe = check_trust(ode, model.reverse, model.decoder, x, places, self.seed, label)
             return {"solver": solver.double()} | ({"probe": probe.double()} if len(probe) else {})
 
         results = self._evaluate(self._shelf("guard", one.settings), number, evaluate, "guard")
@@ -370,10 +374,12 @@ class _Run:
         """Returns how far SDE and ODE are apart, on the first process; nothing on the others."""
         if not settings.samples or not self.fabric.is_global_zero:
             return []
-        reverse = self.model.reverse
+        reverse, like, source = self.model.reverse, next(self.model.parameters()), None
         if reverse.process.takes_source:
-            reverse = reverse.given(self.samples.data.sources(settings.samples).to(next(self.model.parameters())))
-        return settings.evaluate(reverse, self.seed)
+            source = self.samples.data.sources(settings.samples).to(like)
+        label = self.model.labels_in_turn(settings.samples)
+        given = reverse.given(source, None if label is None else label.to(like.device))
+        return settings.evaluate(given, self.seed)
 
     def checkpoint_record(self) -> dict[str, Any]:
         """Returns what the report says of the checkpoint."""

@@ -67,7 +67,9 @@ class Estimator(abc.ABC):
     """The model whose likelihood it estimates: SDE or ODE."""
 
     @abc.abstractmethod
-    def evaluate(self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0) -> Estimate:
+    def evaluate(
+        self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0, label: Tensor | None = None
+    ) -> Estimate:
         """Returns the estimates of a batch, without a graph.
 
         Args:
@@ -76,6 +78,7 @@ class Estimator(abc.ABC):
             x: data, (B, *event), or pairs of data and source for a bridge.
             index: place of each sample in the data set, (B,).
             seed: of all random numbers.
+            label: classes, (B,), for the likelihood given them; None is no label.
         """
 
     def dequantisation_name(self, decoder: Decoder) -> str:
@@ -101,12 +104,14 @@ class Bound(Estimator):
         self.draws, self.discrete_steps = draws, discrete_steps
 
     @torch.no_grad()
-    def evaluate(self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0) -> Estimate:
+    def evaluate(
+        self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0, label: Tensor | None = None
+    ) -> Estimate:
         target = reverse.process.split(x)[0]
         every: list[BoundTerms] = []
         for draw in range(self.draws):
             draws = indexed_draws(target, index, draw, self.draws, seed)
-            every.append(variational_bound(reverse, decoder, x, draws, self.discrete_steps))
+            every.append(variational_bound(reverse, decoder, x, draws, self.discrete_steps, label))
         parts = {name: torch.stack([terms.named()[name] for terms in every]).mean(0) for name in every[0].named()}
         return Estimate(torch.stack(list(parts.values())).sum(0), self.draws, parts)
 
@@ -135,14 +140,16 @@ class ImportanceWeighted(Estimator):
         self.samples, self.steps = samples, steps
 
     @torch.no_grad()
-    def evaluate(self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0) -> Estimate:
+    def evaluate(
+        self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0, label: Tensor | None = None
+    ) -> Estimate:
+        reverse = reverse.given(reverse.process.split(x)[1], label)
         log_w = torch.stack([self._log_weight(reverse, decoder, x, index, seed, k) for k in range(self.samples)])
         return Estimate(-log_mean_exp(log_w), self.samples * self.steps, {"single_path": -log_w.mean(0)})
 
     def _log_weight(self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int, k: int) -> Tensor:
         process = reverse.process
         target, source = process.split(x)
-        reverse = reverse.given(source)
         # all at once: a call for each sample and step would cost more than a small network
         shape = (len(x), self.steps + 1, *target.shape[1:])
         noise = standard_normal(shape, x.dtype, generators(index, _PATHS, seed, k)).to(x.device).unbind(1)
@@ -235,9 +242,11 @@ class ODE(Estimator):
         return WithDecoder() if isinstance(decoder, DiscreteDecoder) else Density()
 
     @torch.no_grad()
-    def evaluate(self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0) -> Estimate:
+    def evaluate(
+        self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0, label: Tensor | None = None
+    ) -> Estimate:
         source = reverse.process.split(x)[1]
-        reverse = reverse.given(source)
+        reverse = reverse.given(source, label)
         nfe, log_p, prior = 0, [], []
         for k in range(self.draws):
             own = generators(index, _DEQUANTISATION, seed, k)
@@ -346,7 +355,13 @@ class Trust:
 
 
 def check_trust(
-    ode: ODE, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0
+    ode: ODE,
+    reverse: ReverseProcess,
+    decoder: Decoder,
+    x: Tensor,
+    index: Tensor,
+    seed: int = 0,
+    label: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the differences in bits/dim, (B,), of a finer solve to the given one, and of two halves of the probes.
 
@@ -354,8 +369,8 @@ def check_trust(
     """
     given = copy.copy(ode)
     given.probes = max(2, ode.probes)
-    coarse = given.evaluate(reverse, decoder, x, index, seed)
-    fine = given.finer().evaluate(reverse, decoder, x, index, seed)
+    coarse = given.evaluate(reverse, decoder, x, index, seed, label)
+    fine = given.finer().evaluate(reverse, decoder, x, index, seed, label)
     dimensions = math.prod(reverse.shape)
     halves = coarse.probes.new_empty(0)
     if len(coarse.probes):

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from nfdm_lightning.bound import BoundTerms, Draws, bits_per_dim, random_draws, variational_bound
 from nfdm_lightning.decoder import Decoder, DiscreteDecoder, GaussianDecoder
 from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.labels import Batch, Labelled, build_part, no_label, unpack
 from nfdm_lightning.predictor import DataSpec, Predictor, XPrediction
 from nfdm_lightning.processes import NFDM, ForwardProcess, Penalty
 from nfdm_lightning.processes.base import AffineProcess, Shape
@@ -34,7 +36,8 @@ class NeuralDiffusion(LightningModule):
     """A diffusion model with an interchangeable forward process.
 
     Every part is given as something to call: a class, or a ``functools.partial`` of one, in Python; a class name with
-    ``init_args`` in YAML. The data's shape, levels and scale are filled in by the command line from the DataModule.
+    ``init_args`` in YAML. The data's shape, levels, scale and number of classes are filled in by the command line from the
+    DataModule.
 
     .. code-block:: python
 
@@ -44,8 +47,8 @@ class NeuralDiffusion(LightningModule):
         shape: event shape of the data, (D,) or (C, H, W).
         levels: number of levels of discrete data in [-1, 1]; None for continuous data.
         data_std: standard deviation of the data per dimension.
-        process: builds the forward process from the shape.
-        predictor: builds x_hat(z, t) from shape, levels and scale of the data.
+        process: builds the forward process from the shape (and the number of classes, if it sees labels).
+        predictor: builds x_hat(z, t) from shape, levels, scale and number of classes of the data.
         volatility: builds g(t).
         decoder_std: for continuous data, the standard deviation of p(x | z_0); None takes the process's noise at t = 0.
         lr: peak learning rate of AdamW.
@@ -63,6 +66,9 @@ class NeuralDiffusion(LightningModule):
             differentiated in t, is never compiled.
         checkpoint_process: whether the backward pass evaluates the forward process anew instead of keeping its activations:
             less memory, more time. The predictor's network has a switch of its own, ``checkpointing``.
+        num_classes: number of classes, for a conditional model of data with labels; None for data without.
+        label_dropout: for a conditional model, the share of training samples whose label is hidden from process and
+            predictor: what guidance needs.
 
     Raises:
         ConfigError: the shape is missing or not a shape, or a part does not fit the data.
@@ -88,6 +94,8 @@ class NeuralDiffusion(LightningModule):
         channels_last: bool = False,
         compile: bool = False,
         checkpoint_process: bool = False,
+        num_classes: int | None = None,
+        label_dropout: float = 0.1,
     ) -> None:
         super().__init__()
         if shape is None or len(shape) not in (1, 3) or min(shape) < 1:
@@ -100,10 +108,19 @@ class NeuralDiffusion(LightningModule):
             )
         if discrete_steps is not None and discrete_steps < 1:
             raise ConfigError(f"model.discrete_steps={discrete_steps} must be at least 1, or null for continuous time")
+        if num_classes is not None and num_classes < 1:
+            raise ConfigError(f"model.num_classes={num_classes} must be at least 1, or null for data without labels")
+        if not 0 <= label_dropout < 1:
+            raise ConfigError(f"model.label_dropout={label_dropout} must lie in [0, 1)")
         shape = tuple(shape)
         self._save_hparams(locals())
-        built = process(shape)
-        data = DataSpec(shape, levels, data_std, built.takes_source)
+        built = build_part(process, shape, num_classes)
+        if num_classes is None and built.num_classes is not None:
+            raise ConfigError(
+                f"model.process.num_classes={built.num_classes}, but the data have no labels: remove it, and set "
+                "data.labels=true for a conditional model"
+            )
+        data = DataSpec(shape, levels, data_std, built.takes_source, num_classes)
         self.reverse = ReverseProcess(built, predictor(data), volatility())
         self.penalties = [*built.penalties, *(penalty() for penalty in penalties or [])]
         for penalty in self.penalties:
@@ -143,23 +160,40 @@ class NeuralDiffusion(LightningModule):
         """Number D of data dimensions."""
         return int(torch.Size(self.reverse.shape).numel())
 
-    def bound(self, x: Tensor, draws: Draws | None = None) -> BoundTerms:
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes of a conditional model, else None."""
+        return self.reverse.predictor.num_classes
+
+    def bound(self, batch: Batch, draws: Draws | None = None) -> BoundTerms:
         """Returns one draw of the bound's terms for each sample of a batch; random draws unless given.
 
         Args:
-            x: data, (B, *event), or pairs of data and source, (B, 2, *event), for a bridge.
+            batch: data, (B, *event), or pairs of data and source, (B, 2, *event), for a bridge; with their labels for a
+                conditional model, whose bound is on -log p(x | label).
             draws: the random numbers.
         """
-        self._check(x)
+        x, label = self._unpack(batch)
         x = x.to(self.dtype)  # normalised after the trainer has converted the batch to its precision
-        draws = draws or random_draws(self.target(x))
+        draws = draws or random_draws(self.reverse.process.split(x)[0])
         with self.reverse.full_precision(x.device):
-            return variational_bound(self.reverse, self.decoder, x, draws, self.discrete_steps)
+            return variational_bound(self.reverse, self.decoder, x, draws, self.discrete_steps, label)
 
-    def target(self, batch: Tensor) -> Tensor:
-        """Returns what is to be generated, (B, *event): the batch itself, or the first of each pair for a bridge."""
-        self._check(batch)
-        return self.reverse.process.split(batch)[0]
+    def target(self, batch: Batch) -> Tensor:
+        """Returns what is to be generated, (B, *event): the samples, or the first of each pair for a bridge."""
+        x, _ = unpack(batch)
+        self._check(x)
+        return self.reverse.process.split(x)[0]
+
+    def _unpack(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Returns samples, (B, *event), and labels, if there are any, of a batch that fits the model."""
+        x, label = unpack(batch)
+        self._check(x)
+        if label is None and self.num_classes is not None:
+            raise ConfigError(f"the model is conditional on {self.num_classes} classes: it needs data.labels=true")
+        if label is not None and self.num_classes is None:
+            raise ConfigError("the data have labels, but the model is not conditional: set data.labels=false")
+        return x, label
 
     def _check(self, batch: Tensor) -> None:
         shape, bridge = self.reverse.shape, self.reverse.process.takes_source
@@ -221,30 +255,42 @@ class NeuralDiffusion(LightningModule):
         assert self._seed is not None
         return mixed_seed(self._seed, batches, self.global_rank, *use)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         torch.manual_seed(self._step_seed(_DROPOUT))  # dropout draws from the global generators
-        with self.reverse.full_precision(batch.device):
-            terms = self.bound(batch, random_draws(self.target(batch).to(self.dtype), self.step_generator()))
+        (x, label), generator = self._unpack(batch), self.step_generator()
+        target = self.target(x)
+        draws = random_draws(target.to(self.dtype), generator)
+        if label is not None:
+            batch = Labelled(x, self._hide(label, generator))
+        with self.reverse.full_precision(target.device):
+            terms = self.bound(batch, draws)
             loss = terms.nats.mean() + self._penalty(batch, terms)
         self.last_terms = terms.detach()
         bits = bits_per_dim(terms.nats.detach().mean(), self.dimensions)
-        self.log("train/bits_per_dim", bits, prog_bar=True, batch_size=len(batch))
+        self.log("train/bits_per_dim", bits, prog_bar=True, batch_size=len(target))
         self.log_dict(
-            {f"train/{name}_nats": term.detach().mean() for name, term in terms.named().items()}, batch_size=len(batch)
+            {f"train/{name}_nats": term.detach().mean() for name, term in terms.named().items()}, batch_size=len(target)
         )
         return (
             loss / self.dimensions
         )  # per dimension for the optimiser alone: gradient clipping then means the same for any size
 
-    def _penalty(self, batch: Tensor, terms: BoundTerms) -> Tensor:
+    def _hide(self, label: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns the labels, (B,), each replaced by that of no label with the probability of the label dropout."""
+        hidden = torch.rand(len(label), generator=generator, dtype=torch.float64) < self.hparams["label_dropout"]
+        return torch.where(hidden.to(label.device), no_label(label, self.num_classes or 0), label)
+
+    def _penalty(self, batch: Batch, terms: BoundTerms) -> Tensor:
         total = terms.nats.new_zeros(())
         self.last_penalties = {}
         if not self.penalties:
             return total
-        source = self.reverse.process.split(batch.to(self.dtype))[1]
+        x, label = unpack(batch)
+        source = self.reverse.process.split(x.to(self.dtype))[1]
         for penalty in self.penalties:
-            part = math.ceil(penalty.fraction * len(batch))  # the times are in random order
-            reverse = self.reverse.given(None if source is None else source[:part])
+            part = math.ceil(penalty.fraction * len(x))  # the times are in random order
+            source_part, label_part = (None if given is None else given[:part] for given in (source, label))
+            reverse = self.reverse.given(source_part, label_part)
             cost = penalty.cost(reverse, terms.z[:part], terms.t[:part]).mean()
             name = penalty.name if penalty.name not in self.last_penalties else f"{penalty.name}_{len(self.last_penalties)}"
             self.last_penalties[name] = cost.detach()
@@ -252,13 +298,13 @@ class NeuralDiffusion(LightningModule):
             total = total + penalty.weight_at(self.global_step) * cost
         return total
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluation is the callbacks' work, see :class:`nfdm_lightning.callbacks.NLL`."""
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluation is the callbacks' work, see :class:`nfdm_lightning.callbacks.NLL`."""
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the bound of each sample in nats, (B,), from one draw."""
         return self.bound(batch).nats
 
@@ -270,6 +316,8 @@ class NeuralDiffusion(LightningModule):
         generator: Generators = None,
         trajectory: bool = False,
         source: Tensor | None = None,
+        label: Tensor | None = None,
+        guidance: float = 1.0,
     ) -> tuple[Tensor, Solution]:
         """Draws samples.
 
@@ -279,23 +327,57 @@ class NeuralDiffusion(LightningModule):
             generator: CPU generator of the random numbers, or one for each sample, which then does not depend on the rest.
             trajectory: whether the solution keeps every state.
             source: for a bridge, the source samples to start from, (number, *event).
+            label: for a conditional model, the labels, (number,); None samples without labels.
+            guidance: weight w of classifier-free guidance, x_hat without label + w (x_hat given the label - the former): 1
+                is the plain conditional model, any other weight takes two evaluations of the predictor in place of one.
 
         Returns:
             The samples, (number, *event), in the data's range, and the solver's solution.
+
+        Raises:
+            ConfigError: source, labels or guidance do not fit the model.
         """
         if source is not None:
             if source.shape != (number, *self.reverse.shape):
                 expected = (number, *self.reverse.shape)
                 raise ConfigError(f"the source samples have shape {tuple(source.shape)}; {expected} was expected")
             source = source.to(next(self.parameters()))
-        reverse = self.reverse.given(source)
+        reverse = self.reverse.given(source, self._check_label(number, label, guidance), guidance)
         if isinstance(generator, Sequence) and len(generator) != number:
             raise ConfigError(f"{len(generator)} generators for {number} samples: give one, or one for each sample")
         z = reverse.prior(number, generator)
         with reverse.full_precision(z.device):
             solution = (solver or Ancestral()).solve(reverse, z, generator, trajectory)
+        solution = replace(solution, nfe=solution.nfe * reverse.evaluations)
         alpha, _ = self.reverse.process.reference(z.new_zeros(1))
         return self.decoder.mode(solution.z, alpha[0]), solution
+
+    def labels_in_turn(self, number: int, classes: Sequence[int] | None = None) -> Tensor | None:
+        """Returns labels for samples, (number,): the classes in turn, all unless given; None if the model has no classes."""
+        if self.num_classes is None:
+            return None
+        chosen = torch.tensor(range(self.num_classes) if classes is None else classes, dtype=torch.long)
+        return chosen[torch.arange(number) % len(chosen)]
+
+    def _check_label(self, number: int, label: Tensor | None, guidance: float) -> Tensor | None:
+        """Returns labels on the model's device."""
+        classes = self.num_classes
+        if classes is None and (label is not None or guidance != 1):
+            raise ConfigError(
+                "the model is not conditional: it takes neither labels nor guidance; train with data.labels=true"
+            )
+        if not math.isfinite(guidance):
+            raise ConfigError(f"guidance={guidance} must be finite")
+        if guidance != 1 and (label is None or self.hparams["label_dropout"] == 0):
+            reason = "labels" if label is None else "a model trained with model.label_dropout above 0"
+            raise ConfigError(f"guidance={guidance:g} needs {reason}")
+        if label is None or classes is None:
+            return None
+        if label.shape != (number,):
+            raise ConfigError(f"the labels have shape {tuple(label.shape)}; {(number,)} was expected")
+        if label.is_floating_point() or bool(((label < 0) | (label > classes)).any()):
+            raise ConfigError(f"labels must be whole numbers from 0 to {classes - 1}, or {classes} for none")
+        return label.to(self.device, torch.long)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Returns the parameters of the reverse and, where there are any, the forward process, with their peak rates."""

@@ -81,6 +81,12 @@ def sample_grid(samples: Tensor, columns: int | None = None, sources: Tensor | N
     return to_array(figure)
 
 
+def columns_of(labels: Tensor | None) -> int | None:
+    """Returns the images per row that put every class in columns of its own, for labels in turn; None for any number."""
+    classes = 0 if labels is None else len(labels.unique())
+    return classes if 2 < classes <= 32 else None
+
+
 def _in_turn(sources: Tensor, samples: Tensor, columns: int) -> Tensor:
     """Rows of sources and of their samples in turn, the last ones filled up with grey."""
     short = -len(samples) % columns

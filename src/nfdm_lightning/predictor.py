@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.labels import build_network, call_network
 from nfdm_lightning.networks import auto
 from nfdm_lightning.processes.base import Shape, expand_as_event
 
@@ -26,12 +27,14 @@ class DataSpec:
         levels: number of equally spaced levels in [-1, 1]; None for continuous data.
         std: standard deviation per dimension.
         source: whether there is a source sample of the same shape that the predictor sees too, as in a bridge.
+        num_classes: number of classes whose labels the predictor sees; None for data without labels.
     """
 
     shape: Shape
     levels: int | None = None
     std: float = 1.0
     source: bool = False
+    num_classes: int | None = None
 
 
 class Predictor(nn.Module, abc.ABC):
@@ -40,14 +43,14 @@ class Predictor(nn.Module, abc.ABC):
     Args:
         data: shape, levels and scale of the data.
         network: builds n from (input shape, output shape); it is evaluated as n(scaled z, t), with the source of a bridge
-            stacked to z along the first event dimension.
+            stacked to z along the first event dimension, or as n(scaled z, t, label) where there are classes.
     """
 
     def __init__(self, data: DataSpec, network: Callable[[Shape, Shape], nn.Module] = auto) -> None:
         super().__init__()
-        self.data_std = data.std
+        self.data_std, self.num_classes = data.std, data.num_classes
         stacked = (2 * data.shape[0], *data.shape[1:]) if data.source else data.shape
-        self.network = network(stacked, self.output_shape(data))
+        self.network = build_network(network, stacked, self.output_shape(data), data.num_classes)
 
     def output_shape(self, data: DataSpec) -> Shape:
         """Returns the event shape that the network must put out; that of the data unless overridden."""
@@ -57,7 +60,15 @@ class Predictor(nn.Module, abc.ABC):
     def combine(self, z: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Returns x_hat, (B, *event), from latents, network output and the reference path (alpha, sigma broadcast)."""
 
-    def forward(self, z: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, source: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        source: Tensor | None = None,
+        label: Tensor | None = None,
+    ) -> Tensor:
         """Returns x_hat(z, t), (B, *event).
 
         Args:
@@ -66,12 +77,13 @@ class Predictor(nn.Module, abc.ABC):
             alpha: of the reference path at t, (B,).
             sigma: of the reference path at t, (B,).
             source: the source samples of a bridge, (B, *event).
+            label: labels, (B,) or (1,), where there are classes; None is no label.
         """
         alpha, sigma = expand_as_event(alpha, z), expand_as_event(sigma, z)
         inputs = (alpha**2 * self.data_std**2 + sigma**2).rsqrt() * z
         if source is not None:
             inputs = torch.cat([inputs, source / self.data_std], 1)
-        return self.combine(z, self.network(inputs, t), alpha, sigma)
+        return self.combine(z, call_network(self.network, inputs, t, label, self.num_classes), alpha, sigma)
 
 
 class XPrediction(Predictor):

@@ -50,6 +50,7 @@ def build_report(trainer: Trainer, model: NeuralDiffusion, checkpoint: Path, con
     return {
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "bound": {
+            "of": f"-log p({_modelled(model)})",
             "time": "continuous" if model.discrete_steps is None else f"{model.discrete_steps} steps",
             "dequantisation": _dequantisation(model),
             "draws_per_sample": [callback.test_draws for callback in nll],
@@ -84,6 +85,13 @@ def count_parameters(model: NeuralDiffusion) -> dict[str, int]:
     forward = sum(parameter.numel() for parameter in model.reverse.process.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
     return {"forward": forward, "reverse": total - forward, "total": total}
+
+
+def _modelled(model: NeuralDiffusion) -> str:
+    given = ["source"] if model.reverse.process.takes_source else []
+    if model.num_classes is not None:
+        given.append("label")
+    return f"x | {', '.join(given)}" if given else "x"
 
 
 def _dequantisation(model: NeuralDiffusion) -> str:

@@ -2,7 +2,12 @@ r"""The generative model that a process, a predictor and a volatility induce.
 
 .. math:: dz = \big[f(z, t, \hat x) - \tfrac12 g^2(t)\, s(z, t, \hat x)\big] dt + g(t)\, dw, \qquad t: 1 \to 0
 
-with x_hat = x_hat(z, t) (NFDM, arXiv 2404.12940, section 3.2), and the ODE :math:`dz = f(z, t, \hat x)\, dt`.
+with x_hat = x_hat(z, t) (NFDM, arXiv 2404.12940, section 3.2), and the ODE :math:`dz = f(z, t, \hat x)\, dt`. Given a
+label y, process and predictor both see it; classifier-free guidance (arXiv 2207.12598) of weight w puts
+
+.. math:: \hat x_w = \hat x(z, t) + w\, \big(\hat x(z, t, y) - \hat x(z, t)\big)
+
+in the place of x_hat, where the process keeps its label.
 """
 
 import contextlib
@@ -82,6 +87,9 @@ class ReverseProcess(nn.Module):
         self.predictor = predictor
         self.volatility = volatility
         self.source: Tensor | None = None
+        self.label: Tensor | None = None
+        self.guidance = 1.0
+        """Weight w of classifier-free guidance: 1 is the plain conditional model, 0 predicts without the label."""
         self.checkpoint_process = False
         """Whether the backward pass evaluates the forward process anew instead of keeping its activations."""
         self._autocast: torch.dtype | None = None
@@ -91,11 +99,23 @@ class ReverseProcess(nn.Module):
         """Event shape of x and z."""
         return self.process.shape
 
-    def given(self, source: Tensor | None) -> "ReverseProcess":
-        """Returns this model, with the same weights, of the data given their sources (B, *event), for bridges."""
+    def given(self, source: Tensor | None = None, label: Tensor | None = None, guidance: float = 1.0) -> "ReverseProcess":
+        """Returns this model, with the same weights, of the data given their sources and labels.
+
+        Args:
+            source: for bridges, (B, *event).
+            label: for models of several classes, (B,) or (1,); None is no label.
+            guidance: weight of classifier-free guidance.
+        """
         conditioned = copy.copy(self)
-        conditioned.source = source
+        conditioned._modules = {**self._modules, "process": self.process.given(label)}  # the shallow copy shares ours
+        conditioned.source, conditioned.label, conditioned.guidance = source, label, guidance
         return conditioned
+
+    @property
+    def evaluations(self) -> int:
+        """How often the predictor's network is evaluated for one x_hat: twice under guidance."""
+        return 1 if self.guidance == 1 else 2
 
     @contextlib.contextmanager
     def full_precision(self, device: torch.device) -> Iterator[None]:
@@ -125,8 +145,16 @@ class ReverseProcess(nn.Module):
         reference = self.process.reference(t)
         mixed = contextlib.nullcontext() if self._autocast is None else torch.autocast(z.device.type, self._autocast)
         with mixed:
-            prediction = self.predictor(state, t, *reference, self.source)
+            prediction = self._predict(state, t, reference, self.label)
+            if self.guidance != 1:
+                free = self._predict(state, t, reference, None)
+                prediction = free + self.guidance * (prediction - free)
         return self.process.join(prediction, self.source)
+
+    def _predict(self, state: Tensor, t: Tensor, reference: tuple[Tensor, Tensor], label: Tensor | None) -> Tensor:
+        known = (state, t, *reference, self.source)
+        prediction: Tensor = self.predictor(*known) if label is None else self.predictor(*known, label)
+        return prediction
 
     def path(self, eps: Tensor, t: Tensor, x: Tensor) -> PathPoint:
         """Returns the point of the forward process at the data x."""

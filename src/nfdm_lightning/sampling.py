@@ -45,11 +45,13 @@ def sample(
     trajectories: bool = False,
     device: str = "auto",
     source: DataModule | None = None,
+    labels: list[int] | None = None,
+    guidance: float = 1.0,
 ) -> None:
     """Draws samples from a checkpoint, with its averaged weights.
 
     Writes ``samples.png`` (a grid, or a scatter plot) and ``samples.npy`` to the output folder: uint8 levels for discrete
-    data, float32 otherwise, (number, *event).
+    data, float32 otherwise, (number, *event); for a conditional model ``labels.npy`` too, (number,).
 
     Args:
         ckpt_path: checkpoint file.
@@ -62,6 +64,8 @@ def sample(
         device: cpu, cuda, ... or auto.
         source: for a bridge, the data to start from: Pairs (its sources) or any other data set; the test split. By default
             the data of the run's config.yaml.
+        labels: for a conditional model, the classes of the samples, in turn; all by default.
+        guidance: weight of classifier-free guidance, for a conditional model; other than 1 it doubles the evaluations.
     """
     if number < 1 or batch_size < 1:
         raise ConfigError(f"number={number} and batch_size={batch_size} must be at least 1")
@@ -74,12 +78,18 @@ def sample(
     folder = Path(out) if out is not None else Path(ckpt_path).parent.parent / "samples"
     generator = torch.Generator().manual_seed(seed)
     sources = _sources(model, source, Path(ckpt_path), number)
+    if labels is not None and (not labels or model.num_classes is None):
+        reason = "give one class at least" if not labels else "the model is not conditional"
+        raise ConfigError(f"--labels={labels}: {reason}")
+    label = model.labels_in_turn(number, labels)
     parts: list[Tensor] = []
     solution = None
     for begin in range(0, number, batch_size):
         count = min(batch_size, number - begin)
-        given = None if sources is None else sources[begin : begin + count]
-        samples, solution = model.sample(count, solver, generator, trajectories and begin == 0, given)
+        given, classes = (None if all_ is None else all_[begin : begin + count] for all_ in (sources, label))
+        samples, solution = model.sample(
+            count, solver, generator, trajectories and begin == 0, given, label=classes, guidance=guidance
+        )
         parts.append(samples.cpu())
         if trajectories and begin == 0:
             title = f"{type(model.reverse.process).__name__}: {type(solver).__name__}, {solution.nfe} evaluations"
@@ -89,15 +99,22 @@ def sample(
             pictures.save_png(pixels, folder / "trajectories.png")
     drawn = torch.cat(parts)
     shown = None if sources is None else sources[:1024]
-    pictures.save_png(pictures.sample_grid(drawn[:1024], sources=shown), folder / "samples.png")
+    pictures.save_png(pictures.sample_grid(drawn[:1024], pictures.columns_of(label), shown), folder / "samples.png")
     levels = model.hparams["levels"]
     array = (drawn.float() if levels is None else to_levels(drawn, levels)).numpy()
-    partial = folder / "samples.npy.partial"
+    _save(array, folder / "samples.npy")
+    if label is not None:
+        _save(label.numpy(), folder / "labels.npy")
+    assert solution is not None
+    twice = "" if guidance == 1 else f" (two per step of the budget, for guidance={guidance:g})"
+    print(f"{number} samples by {type(solver).__name__}, {solution.nfe} function evaluations each{twice}: {folder}")
+
+
+def _save(array: np.ndarray, path: Path) -> None:
+    partial = path.with_name(f"{path.name}.partial")
     with open(partial, "wb") as file:
         np.save(file, array)
-    partial.replace(folder / "samples.npy")
-    assert solution is not None
-    print(f"{number} samples by {type(solver).__name__}, {solution.nfe} function evaluations each: {folder}")
+    partial.replace(path)
 
 
 def _sources(model: NeuralDiffusion, data: DataModule | None, ckpt_path: Path, number: int) -> Tensor | None:

@@ -69,7 +69,8 @@ def check_process(process: ForwardProcess, x: Tensor, *, seed: int = 0) -> None:
     """Checks a forward process against the contract of :class:`ForwardProcess`.
 
     It works on a copy in float64 whose parameters are moved off their start, where a zeroed last layer would hide faults;
-    the process itself, the random state and the default dtype are left as they are.
+    the process itself, the random state and the default dtype are left as they are. A process that sees class labels is
+    checked without one, or, as ``process.given(torch.tensor([2]))``, under the one that it is given.
 
     Args:
         process: the process.

@@ -81,7 +81,8 @@ class FID(Callback):
 
     Sample i draws its numbers from (seed, i) alone, so that batch size and number of processes change nothing but rounding,
     except for Adaptive and TorchSDE, which treat a batch as a whole. The weights are those of all validation and testing:
-    the averaged ones under EMA. Does nothing in a ``fast_dev_run``.
+    the averaged ones under EMA. A conditional model is sampled with labels of the reference split, spread over it, each as
+    often as there. Does nothing in a ``fast_dev_run``.
 
     Args:
         features: between which features; by default those of Inception.
@@ -94,6 +95,7 @@ class FID(Callback):
         kid: whether to measure the kernel distance (KID) too: 100 subsets of 1000, mean and standard deviation.
         inception_score: whether to measure the inception score too: 10 parts, mean and standard deviation.
         cache: folder of the reference statistics; by default that of NFDM_CACHE, or ``~/.cache/nfdm_lightning``.
+        guidance: weight of classifier-free guidance, for a conditional model.
 
     Raises:
         ConfigError: a setting is out of range, the weights of the extractor are missing, or the data are no images.
@@ -111,6 +113,7 @@ class FID(Callback):
         kid: bool = False,
         inception_score: bool = False,
         cache: str | None = None,
+        guidance: float = 1.0,
     ) -> None:
         if number < 2 or batch_size < 1:
             raise ConfigError(f"FID: number={number} must be at least 2 and batch_size={batch_size} at least 1")
@@ -123,7 +126,9 @@ class FID(Callback):
         self.features = features or Inception()
         if inception_score and self.features.num_logits is None:
             raise ConfigError(f"FID: inception_score=true needs class logits, and {self.features.name} has none")
-        self.solvers = _named(solvers or [Ancestral(nfe=100)])
+        named = _named(solvers or [Ancestral(nfe=100)])
+        self.solvers = named if guidance == 1 else {f"{name}_guidance{guidance:g}": one for name, one in named.items()}
+        self.guidance = guidance
         self.number, self.split, self.every_n_epochs = number, split, every_n_epochs
         self.batch_size, self.seed, self.kid, self.inception_score = batch_size, seed, kid, inception_score
         default = os.environ.get(CACHE) or Path.home() / ".cache" / "nfdm_lightning"
@@ -166,10 +171,11 @@ class FID(Callback):
                 reference = self._reference(trainer, model, data)
                 source = stage if model.reverse.process.takes_source else None
                 sources = None if source is None else data.sources(self.number, source)
+                labels = self._labels(model, data)
                 self.results = []
                 for name, solver in self.solvers.items():
                     rank_zero_info(f"{self.features.label}: {self.number} samples of {name}")
-                    self.results += self._results(trainer, model, data, name, solver, reference, sources)
+                    self.results += self._results(trainer, model, data, name, solver, reference, sources, labels)
             finally:
                 self.features.cpu()  # its memory on the device is for the training that goes on
         for result in self.results:
@@ -187,11 +193,12 @@ class FID(Callback):
         solver: Solver,
         reference: _Statistics | None,
         sources: Tensor | None,
+        labels: Tensor | None,
     ) -> list[dict[str, Any]]:
         """Returns the numbers of one solver, on every process."""
         assert data.levels is not None
         tally = _Tally()
-        batches = self._sample(trainer, model, solver, sources, data.levels, tally)
+        batches = self._sample(trainer, model, solver, sources, labels, data.levels, tally)
         samples = self._statistics(trainer, model, batches, self.kid, self.inception_score)
         sums = torch.tensor([tally.evaluations, tally.broken], device=model.device)
         evaluations, broken = (int(value) for value in trainer.strategy.reduce(sums, reduce_op="sum"))
@@ -212,6 +219,8 @@ class FID(Callback):
             "sampler": name,
             "solver": {"class": type(solver).__name__, **settings_of(solver)},
             "nfe": evaluations / self.number,
+            "labels": None if labels is None else f"of the {self.split} split",
+            "guidance": self.guidance,
             "number": self.number,
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -231,17 +240,25 @@ class FID(Callback):
         model: NeuralDiffusion,
         solver: Solver,
         sources: Tensor | None,
+        labels: Tensor | None,
         levels: int,
         tally: "_Tally",
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Draws this process's samples: their places among all, and their pixels."""
         for places in self._batches(trainer, self.number):
             generators = [torch.Generator().manual_seed(mixed_seed(_SAMPLES, self.seed, i)) for i in places]
-            source = None if sources is None else sources[list(places)]
-            x, solution = model.sample(len(places), solver, generators, source=source)
+            source, label = (None if given is None else given[list(places)] for given in (sources, labels))
+            x, solution = model.sample(len(places), solver, generators, source=source, label=label, guidance=self.guidance)
             tally.evaluations += solution.nfe * len(places)
             tally.broken += int((~solution.z.isfinite()).flatten(1).any(1).sum())
             yield torch.tensor(places), _pixels(x, levels)
+
+    def _labels(self, model: NeuralDiffusion, data: DataModule) -> Tensor | None:
+        """Returns the labels of the samples of a conditional model, (number,): those of the split, evenly spread over it."""
+        if model.num_classes is None:
+            return None
+        labels = data.model_labels(self.split)
+        return labels[torch.arange(self.number) * len(labels) // self.number]
 
     def _batches(self, trainer: Trainer, number: int) -> Iterator[range]:
         own = range(trainer.global_rank, number, trainer.world_size)

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 from nfdm_lightning.bound import bits_per_dim, indexed_draws
 from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.labels import Batch
 from nfdm_lightning.module import NeuralDiffusion
 
 
@@ -47,7 +48,7 @@ class NLL(Callback):
     Logs ``{val,test}/bits_per_dim``, ``.../bits_per_dim_se``, ``.../nats``, ``.../nats_se`` and each term by name. Every
     sample is evaluated at ``draws`` stratified times; its numbers depend on its place in the data alone, so the value is
     the same for any batch size and any number of processes, and checkpoints compare without the jitter of random draws.
-    The standard error is over the data and the draws together.
+    The standard error is over the data and the draws together. For a conditional model it is the bound given the labels.
 
     Args:
         draws: draws of time and noise per sample in validation.
@@ -72,15 +73,15 @@ class NLL(Callback):
         self._seen = 0
         self._begin = time.perf_counter()
 
-    def _update(self, trainer: Trainer, pl_module: LightningModule, x: Tensor, draws: int) -> None:
+    def _update(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, draws: int) -> None:
         assert isinstance(pl_module, NeuralDiffusion), "the NLL callback measures a NeuralDiffusion"
-        place = self._seen + torch.arange(len(x))
+        target = pl_module.target(batch).to(pl_module.dtype)
+        place = self._seen + torch.arange(len(target))
         index = trainer.global_rank + trainer.world_size * place
-        self._seen += len(x)
-        x = x.to(pl_module.dtype)
+        self._seen += len(target)
         sums: dict[str, Tensor] = {}
         for draw in range(draws):
-            terms = pl_module.bound(x, indexed_draws(pl_module.target(x), index, draw, draws, self.seed))
+            terms = pl_module.bound(batch, indexed_draws(target, index, draw, draws, self.seed))
             for name, values in {"nats": terms.nats, **terms.named()}.items():
                 sums[name] = sums.get(name, torch.zeros_like(values)) + values / draws
         for name, values in sums.items():

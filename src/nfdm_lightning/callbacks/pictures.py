@@ -18,7 +18,10 @@ from nfdm_lightning.solvers import Ancestral, Heun, Solver
 
 
 class _Picture(Callback, abc.ABC):
-    """Draws after validation, every few epochs, and after a test: with the averaged weights, from the same noise."""
+    """Draws after validation, every few epochs, and after a test: with the averaged weights, from the same noise.
+
+    Of a conditional model it draws the classes in turn, without guidance.
+    """
 
     name: str
 
@@ -79,8 +82,9 @@ class SampleGrid(_Picture):
         super().__init__(number, solver or Ancestral(), every_n_epochs, seed)
 
     def draw(self, model: NeuralDiffusion, generator: torch.Generator, source: Tensor | None) -> np.ndarray:
-        samples, _ = model.sample(self.number, self.solver, generator, source=source)
-        return pictures.sample_grid(samples, sources=source)
+        labels = model.labels_in_turn(self.number)
+        samples, _ = model.sample(self.number, self.solver, generator, source=source, label=labels)
+        return pictures.sample_grid(samples, pictures.columns_of(labels), source)
 
 
 class Trajectories(_Picture):
@@ -99,7 +103,8 @@ class Trajectories(_Picture):
         super().__init__(number, solver or Heun(), every_n_epochs, seed)
 
     def draw(self, model: NeuralDiffusion, generator: torch.Generator, source: Tensor | None) -> np.ndarray:
-        _, solution = model.sample(self.number, self.solver, generator, trajectory=True, source=source)
+        labels = model.labels_in_turn(self.number)
+        _, solution = model.sample(self.number, self.solver, generator, trajectory=True, source=source, label=labels)
         process, solver = type(model.reverse.process).__name__, type(self.solver).__name__
         title, start = f"{process}: {solver}, {solution.nfe} evaluations", "prior" if source is None else "source"
         obstacles = [penalty for penalty in model.penalties if isinstance(penalty, Obstacle)]

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nfdm_lightning.callbacks.ema import EMA
 from nfdm_lightning.data import DataModule
+from nfdm_lightning.labels import unpack
 from nfdm_lightning.provenance import commit
 
 
@@ -57,8 +58,8 @@ class TrainingRecord(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        now = time.perf_counter()
-        self.samples += len(batch) * trainer.world_size
+        now, size = time.perf_counter(), len(unpack(batch)[0])
+        self.samples += size * trainer.world_size
         self.seconds += now - self._since
         self._since = now
         if trainer.global_step == self._step:  # amid an accumulation of gradients
@@ -68,7 +69,7 @@ class TrainingRecord(Callback):
         if self._step % every == 0 and self.seconds > self._logged[1]:
             samples, seconds = self._logged
             rate = (self.samples - samples) / (self.seconds - seconds)
-            pl_module.log("train/samples_per_second", rate, batch_size=len(batch))
+            pl_module.log("train/samples_per_second", rate, batch_size=size)
             self._logged = (self.samples, self.seconds)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

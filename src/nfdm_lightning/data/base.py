@@ -12,14 +12,15 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from nfdm_lightning.checksums import tensors_md5
-from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.errors import ConfigError, DataError
+from nfdm_lightning.labels import Batch, Labelled, unpack
 from nfdm_lightning.seeding import mixed_seed
 
 SPLITS = ("train", "val", "test")
 _VARIANTS = 0x9A125  # begins the seeds of variants, so that they share no stream with the noise of training
 
 
-class Samples(Dataset[Tensor], abc.ABC):
+class Samples(Dataset[Batch], abc.ABC):
     """Samples that come in :attr:`variants`, such as mirrored: number i + N v is variant v of sample i of N."""
 
     @property
@@ -31,13 +32,14 @@ class Samples(Dataset[Tensor], abc.ABC):
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def fetch(self, samples: Tensor, variants: Tensor) -> Tensor:
-        """Returns the given variants (B,) of the given samples (B,), (B, *event)."""
+    def fetch(self, samples: Tensor, variants: Tensor) -> Batch:
+        """Returns the given variants (B,) of the given samples (B,), (B, *event), with their labels if there are any."""
 
-    def __getitem__(self, number: int) -> Tensor:
-        return self.__getitems__([number])[0]
+    def __getitem__(self, number: int) -> Batch:
+        batch, labels = unpack(self.__getitems__([number]))
+        return batch[0] if labels is None else Labelled(batch[0], labels[0])
 
-    def __getitems__(self, numbers: list[int]) -> Tensor:
+    def __getitems__(self, numbers: list[int]) -> Batch:
         places = torch.as_tensor(numbers)
         return self.fetch(places % len(self), places // len(self))
 
@@ -77,6 +79,23 @@ class ArrayDataset(Samples):
         if mirrored.any():
             batch[mirrored] = batch[mirrored].flip(-1)
         return batch
+
+
+class _LabelledSamples(Samples):
+    """Samples with their labels, (N,)."""
+
+    def __init__(self, samples: Samples, labels: Tensor) -> None:
+        self.samples, self.labels = samples, labels
+
+    @property
+    def variants(self) -> int:
+        return self.samples.variants
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def fetch(self, samples: Tensor, variants: Tensor) -> Labelled:
+        return Labelled(unpack(self.samples.fetch(samples, variants))[0], self.labels[samples])
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -122,7 +141,7 @@ class _PartSampler(DistributedSampler[Any]):
         return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
 
-class ResumableLoader(DataLoader[Tensor]):
+class ResumableLoader(DataLoader[Batch]):
     """A shuffling DataLoader whose order depends on (seed, epoch) alone and that continues inside an epoch.
 
     The trainer stores ``state_dict()`` in its checkpoints, so a resumed run sees the batches that the stopped one did not.
@@ -144,7 +163,7 @@ class ResumableLoader(DataLoader[Tensor]):
             self._epoch, self._batch = self._epoch + 1, 0
         self._used = False
 
-    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         if self._used:  # the trainer may make an iterator twice before it takes a batch: that is no new epoch
             self._epoch, self._batch, self._used = self._epoch + 1, 0, False
         assert self.batch_size is not None
@@ -152,7 +171,7 @@ class ResumableLoader(DataLoader[Tensor]):
             self.sampler.seek(self._epoch, self._batch * self.batch_size)
         iterator = super().__iter__()
 
-        def batches() -> Iterator[Tensor]:
+        def batches() -> Iterator[Batch]:
             for batch in iterator:
                 self._batch, self._used = self._batch + 1, True
                 yield batch
@@ -169,7 +188,7 @@ class DataModule(LightningDataModule, abc.ABC):
     :meth:`arrays`.
 
     A batch is one tensor: of levels, (B, *event), for data of discrete levels, normalised to [-1, 1] on the device, or of
-    floats, as they are.
+    floats, as they are. With ``labels`` it is a :class:`~nfdm_lightning.labels.Labelled`: that tensor and the classes, (B,).
 
     Args:
         batch_size: samples per step and process.
@@ -177,19 +196,27 @@ class DataModule(LightningDataModule, abc.ABC):
         num_workers: loader processes; 0 is fastest for data in memory.
         seed: of the order of the data.
         flip: whether training images are mirrored left to right at random, by (seed, epoch, process, place).
+        labels: whether batches carry the class of each sample, for a conditional model; the data must define
+            :meth:`labels` and :attr:`class_count`.
     """
 
     version: str | None = None
     """Which of several data sets of the same name this is."""
 
     def __init__(
-        self, batch_size: int = 128, eval_batch_size: int = 512, num_workers: int = 0, seed: int = 0, flip: bool = False
+        self,
+        batch_size: int = 128,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+        flip: bool = False,
+        labels: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} and eval_batch_size={eval_batch_size} must be at least 1")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.num_workers, self.seed, self.flip = num_workers, seed, flip
+        self.num_workers, self.seed, self.flip, self.with_labels = num_workers, seed, flip, labels
 
     @property
     @abc.abstractmethod
@@ -206,6 +233,20 @@ class DataModule(LightningDataModule, abc.ABC):
         """Standard deviation per dimension after normalisation, for the predictor's preconditioning."""
         return 1.0
 
+    @property
+    def class_count(self) -> int | None:
+        """Number of classes of the data, whether or not batches carry them; None where there are none."""
+        return None
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes of a conditional model of the data; None unless batches carry labels."""
+        if not self.with_labels:
+            return None
+        if self.class_count is None:
+            raise ConfigError(f"data.labels=true: {type(self).__name__} has no labels: set it to false, or take other data")
+        return self.class_count
+
     @abc.abstractmethod
     def arrays(self) -> dict[str, Tensor]:
         """Returns the splits ``train``, ``val`` and ``test``, each (N, *event), uint8 levels or float32."""
@@ -216,9 +257,10 @@ class DataModule(LightningDataModule, abc.ABC):
             return batch
         return batch.to(torch.get_default_dtype()) * (2 / (self.levels - 1)) - 1
 
-    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Normalises on the device."""
-        return self.normalise(batch)
+        samples, labels = unpack(batch)
+        return self.normalise(samples) if labels is None else Labelled(self.normalise(samples), labels)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the splits once."""
@@ -243,6 +285,29 @@ class DataModule(LightningDataModule, abc.ABC):
         """Returns the classes of a split, (N,) int64, in the order of :meth:`raw`; None where there are none."""
         return None
 
+    def model_labels(self, split: str) -> Tensor:
+        """Returns the labels of a split as batches carry them, (N,) int64: of K classes, 0 .. K - 1.
+
+        Raises:
+            ConfigError: the data have no labels.
+        """
+        classes, labels = self.num_classes, self.labels(split)
+        if classes is None or labels is None:
+            raise ConfigError(f"{type(self).__name__}: the {split} split comes without labels; set data.labels=false")
+        return labels.long()
+
+    def _with_labels(self, samples: Samples, split: str) -> Samples:
+        classes = self.num_classes
+        if classes is None:
+            return samples
+        labels = self.model_labels(split)
+        if len(labels) != len(samples) or not bool(((labels >= 0) & (labels < classes)).all()):
+            raise DataError(
+                f"{type(self).__name__}: the {len(samples)} samples of the {split} split have {len(labels)} labels from "
+                f"{int(labels.min())} to {int(labels.max())}; one label for each was expected, below {classes}"
+            )
+        return _LabelledSamples(samples, labels)
+
     @cached_property
     def checksum(self) -> str:
         """What the splits hold, as a key for what is computed from them; flips and the order of batches do not count."""
@@ -262,6 +327,7 @@ class DataModule(LightningDataModule, abc.ABC):
             "sizes": self.sizes(),
             "classes": None,
             "flip": self.flip,
+            "labels": self.with_labels,
             "checksum": self.checksum,
         }
 
@@ -274,7 +340,7 @@ class DataModule(LightningDataModule, abc.ABC):
 
     def train_dataloader(self) -> ResumableLoader:
         """Returns the shuffled training batches of this rank; the last, incomplete batch is left out."""
-        data, (replicas, rank) = self.train_dataset(), self._ranks()
+        data, (replicas, rank) = self._with_labels(self.train_dataset(), "train"), self._ranks()
         sampler = EpochSampler(data, num_replicas=replicas, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
         if len(sampler) < self.batch_size:
             raise ConfigError(
@@ -293,11 +359,11 @@ class DataModule(LightningDataModule, abc.ABC):
             loader.load_state_dict({"epoch": self.trainer.current_epoch, "batch": 0})
         return loader
 
-    def _eval_dataloader(self, split: str) -> DataLoader[Tensor]:
+    def _eval_dataloader(self, split: str) -> DataLoader[Batch]:
         array, (replicas, rank) = self.raw(split), self._ranks()
         if len(array) < replicas:
             raise ConfigError(f"the {split} split has {len(array)} samples, fewer than the {replicas} processes")
-        data = ArrayDataset(array)
+        data = self._with_labels(ArrayDataset(array), split)
         return DataLoader(
             data,
             batch_size=self.eval_batch_size,
@@ -306,14 +372,14 @@ class DataModule(LightningDataModule, abc.ABC):
             num_workers=self.num_workers,
         )
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Returns this rank's part of the validation split, in order."""
         return self._eval_dataloader("val")
 
-    def test_dataloader(self) -> DataLoader[Tensor]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Returns this rank's part of the test split, in order."""
         return self._eval_dataloader("test")
 
-    def predict_dataloader(self) -> DataLoader[Tensor]:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """Returns this rank's part of the test split, in order."""
         return self._eval_dataloader("test")

@@ -57,6 +57,8 @@ class Benchmark(DataModule):
         num_workers: loader processes.
         seed: of the order of the training data; the splits are fixed.
         flip: whether training images are mirrored left to right at random.
+        labels: whether batches carry the class of each sample, for a conditional model; if some classes alone are kept,
+            these are numbered anew in their order.
     """
 
     class_names: ClassVar[tuple[str, ...]] = ()
@@ -71,8 +73,9 @@ class Benchmark(DataModule):
         num_workers: int,
         seed: int,
         flip: bool,
+        labels: bool = False,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed, flip)
+        super().__init__(batch_size, eval_batch_size, num_workers, seed, flip, labels)
         self.root, self.verify = data_root(root), verify
         self.kept = chosen_classes(classes, self.class_names)
 
@@ -109,6 +112,14 @@ class Benchmark(DataModule):
     def labels(self, split: str) -> Tensor | None:
         self.setup()
         return self._labels[split]
+
+    @property
+    def class_count(self) -> int | None:
+        return len(self.class_names if self.kept is None else self.kept) or None
+
+    def model_labels(self, split: str) -> Tensor:
+        labels = super().model_labels(split)
+        return labels if self.kept is None else torch.searchsorted(torch.tensor(self.kept), labels)
 
     def keep(self, images: Tensor, labels: Tensor) -> Split:
         """Returns what is of the kept classes."""

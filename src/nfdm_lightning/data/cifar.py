@@ -51,6 +51,7 @@ class CIFAR10(Benchmark):
         num_workers: loader processes.
         seed: of the order of the training data; the splits are fixed.
         flip: whether training images are mirrored left to right at random.
+        labels: whether batches carry the class of each sample, for a conditional model.
 
     Raises:
         DataError: files that are missing and cannot be downloaded, damaged, or of another format.
@@ -69,8 +70,9 @@ class CIFAR10(Benchmark):
         num_workers: int = 0,
         seed: int = 0,
         flip: bool = False,
+        labels: bool = False,
     ) -> None:
-        super().__init__(root, verify, classes, batch_size, eval_batch_size, num_workers, seed, flip)
+        super().__init__(root, verify, classes, batch_size, eval_batch_size, num_workers, seed, flip, labels)
         if protocol not in get_args(Protocol):
             raise ConfigError(f"data.protocol={protocol}: there are {', '.join(get_args(Protocol))}")
         self.protocol = protocol

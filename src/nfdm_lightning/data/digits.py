@@ -18,6 +18,7 @@ class Digits(DataModule):
         eval_batch_size: samples per step and process in validation, test and prediction.
         num_workers: loader processes.
         seed: of the order of the training data; the split is fixed.
+        labels: whether batches carry the class of each sample, for a conditional model.
     """
 
     def __init__(
@@ -27,8 +28,9 @@ class Digits(DataModule):
         eval_batch_size: int = 300,
         num_workers: int = 0,
         seed: int = 0,
+        labels: bool = False,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(batch_size, eval_batch_size, num_workers, seed, labels=labels)
         if digit is not None and not 0 <= digit <= 9:
             raise ConfigError(f"digit={digit} must be 0 to 9, or null for all")
         self.digit = digit
@@ -44,6 +46,13 @@ class Digits(DataModule):
     @property
     def data_std(self) -> float:
         return 0.75
+
+    @property
+    def class_count(self) -> int:
+        return 10 if self.digit is None else 1
+
+    def model_labels(self, split: str) -> Tensor:
+        return super().model_labels(split) - (self.digit or 0)
 
     def arrays(self) -> dict[str, Tensor]:
         from sklearn.datasets import load_digits

@@ -77,6 +77,7 @@ class ImageFolders(Benchmark):
         num_workers: loader processes.
         seed: of the order of the training data; the splits are fixed.
         flip: whether training images are mirrored left to right at random.
+        labels: whether batches carry the class of each sample, for a conditional model.
     """
 
     source: ClassVar[str]
@@ -95,8 +96,9 @@ class ImageFolders(Benchmark):
         num_workers: int,
         seed: int,
         flip: bool,
+        labels: bool = False,
     ) -> None:
-        super().__init__(root, verify, classes, batch_size, eval_batch_size, num_workers, seed, flip)
+        super().__init__(root, verify, classes, batch_size, eval_batch_size, num_workers, seed, flip, labels)
         if size < 1:
             raise ConfigError(f"data.size={size} must be at least 1")
         if resample not in _FILTERS:
@@ -245,6 +247,7 @@ class AFHQ(ImageFolders):
         num_workers: loader processes.
         seed: of the order of the training data; the splits are fixed.
         flip: whether training images are mirrored left to right at random.
+        labels: whether batches carry the class of each sample, for a conditional model.
 
     Raises:
         DataError: images that are missing, unreadable, not square or too small.
@@ -266,11 +269,14 @@ class AFHQ(ImageFolders):
         num_workers: int = 0,
         seed: int = 0,
         flip: bool = False,
+        labels: bool = False,
     ) -> None:
         if version not in get_args(AFHQVersion):
             raise ConfigError(f"data.version={version}: there are {' and '.join(get_args(AFHQVersion))}")
         folder = "afhq" if version == "v1" else "afhq_v2"
-        super().__init__(folder, size, resample, root, verify, classes, batch_size, eval_batch_size, num_workers, seed, flip)
+        super().__init__(
+            folder, size, resample, root, verify, classes, batch_size, eval_batch_size, num_workers, seed, flip, labels
+        )
         self.version = version
 
     def members(self) -> list[tuple[str, int]]:

@@ -42,6 +42,7 @@ class ImageNet(Benchmark):
         num_workers: loader processes.
         seed: of the order of the training data; the splits are fixed.
         flip: whether training images are mirrored left to right at random.
+        labels: whether batches carry the class of each sample, for a conditional model.
 
     Raises:
         DataError: files that are missing, damaged, or of the other version.
@@ -59,14 +60,19 @@ class ImageNet(Benchmark):
         num_workers: int = 0,
         seed: int = 0,
         flip: bool = False,
+        labels: bool = False,
     ) -> None:
-        super().__init__(root, verify, None, batch_size, eval_batch_size, num_workers, seed, flip)
+        super().__init__(root, verify, None, batch_size, eval_batch_size, num_workers, seed, flip, labels)
         if version not in get_args(ImageNetVersion):
             raise ConfigError(
                 f"data.version={version}: there are {' and '.join(get_args(ImageNetVersion))}, and they differ"
             )
         self.version = version
         self.folder = self.root / f"imagenet{self.size}_{version}"
+
+    @property
+    def class_count(self) -> int | None:
+        return 1000 if self.version == "downsampled" else None
 
     @property
     def shape(self) -> tuple[int, ...]:

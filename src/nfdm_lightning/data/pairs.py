@@ -54,7 +54,7 @@ class Pairs(DataModule):
         seed: of the order and of the random pairs.
 
     Raises:
-        ConfigError: the two differ in shape, or, where they are paired, in size or in ``flip``.
+        ConfigError: the two differ in shape, or, where they are paired, in size or in ``flip``, or one has ``labels``.
     """
 
     def __init__(
@@ -72,6 +72,8 @@ class Pairs(DataModule):
             raise ConfigError(
                 f"Pairs: the target has shape {target.shape}, the source {source.shape}; a bridge needs equal ones"
             )
+        if target.with_labels or source.with_labels:
+            raise ConfigError("Pairs: a bridge takes no labels: set labels of target and source to false")
         if paired and target.flip != source.flip:
             raise ConfigError("Pairs: paired samples are mirrored together: set flip of both parts, or of neither")
         self.target, self.source, self.paired = target, source, paired

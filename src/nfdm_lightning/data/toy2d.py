@@ -16,9 +16,16 @@ class Distribution2D(abc.ABC):
     data_std: float = 1.0
     """Standard deviation per dimension."""
 
+    components: int | None = None
+    """Number of parts that :meth:`labelled_sample` tells apart; None where there are none."""
+
     @abc.abstractmethod
     def sample(self, number: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws (number, 2)."""
+
+    def labelled_sample(self, number: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """Draws the same points with the parts that they are from, (number,) int64, or None where there are none."""
+        return self.sample(number, generator), None
 
 
 class Density2D(Distribution2D):
@@ -43,6 +50,7 @@ class EightGaussians(Density2D):
     r"""Eight equal Gaussians: centres on a circle of radius 4, standard deviation 0.5, all divided by sqrt(2)."""
 
     data_std = math.sqrt((4**2 / 2 + 0.5**2) / 2)
+    components = 8
 
     def __init__(self) -> None:
         angles = torch.arange(8, dtype=torch.float64) * math.pi / 4
@@ -50,9 +58,12 @@ class EightGaussians(Density2D):
         self.std = 0.5 / math.sqrt(2)
 
     def sample(self, number: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.labelled_sample(number, generator)[0]
+
+    def labelled_sample(self, number: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         modes = torch.randint(8, (number,), generator=generator)
         noise = torch.randn(number, 2, generator=generator, dtype=torch.float64)
-        return (self.centres[modes] + self.std * noise).float()
+        return (self.centres[modes] + self.std * noise).float(), modes
 
     def log_prob(self, x: Tensor) -> Tensor:
         distance = ((x[:, None] - self.centres.to(x)) ** 2).sum(-1)
@@ -88,16 +99,21 @@ class TwoMoons(Distribution2D):
     """
 
     data_std = 0.9
+    components = 2
 
     def __init__(self, noise: float = 0.05) -> None:
         self.noise = noise
 
     def sample(self, number: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.labelled_sample(number, generator)[0]
+
+    def labelled_sample(self, number: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         from sklearn.datasets import make_moons
 
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        points, _ = make_moons(number, noise=self.noise, random_state=seed)
-        return (torch.from_numpy(points).float() - torch.tensor([0.5, 0.25])) * torch.tensor([1.04, 1.82])
+        points, moons = make_moons(number, noise=self.noise, random_state=seed)
+        scaled = (torch.from_numpy(points).float() - torch.tensor([0.5, 0.25])) * torch.tensor([1.04, 1.82])
+        return scaled, torch.from_numpy(moons).long()
 
 
 class Checkerboard(Density2D):
@@ -127,15 +143,18 @@ class Pinwheel(Distribution2D):
     data_std = 1.11
 
     def __init__(self, arms: int = 5) -> None:
-        self.arms = arms
+        self.arms = self.components = arms
 
     def sample(self, number: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.labelled_sample(number, generator)[0]
+
+    def labelled_sample(self, number: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         arm = torch.randint(self.arms, (number,), generator=generator)
         points = torch.randn(number, 2, generator=generator) * torch.tensor([0.3, 0.1]) + torch.tensor([1.0, 0.0])
         angle = 2 * math.pi * arm / self.arms + 0.25 * points[:, 0].exp()
         cos, sin = angle.cos(), angle.sin()
         rotated = torch.stack([cos * points[:, 0] - sin * points[:, 1], sin * points[:, 0] + cos * points[:, 1]], 1)
-        return 1.5 * rotated
+        return 1.5 * rotated, arm
 
 
 class Toy2D(DataModule):
@@ -149,6 +168,7 @@ class Toy2D(DataModule):
         eval_batch_size: samples per step and process in validation, test and prediction.
         num_workers: loader processes.
         seed: of the draws and of their order.
+        labels: whether batches carry the part of the distribution that each point is from, for a conditional model.
     """
 
     def __init__(
@@ -160,8 +180,9 @@ class Toy2D(DataModule):
         eval_batch_size: int = 4096,
         num_workers: int = 0,
         seed: int = 0,
+        labels: bool = False,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(batch_size, eval_batch_size, num_workers, seed, labels=labels)
         self.distribution = distribution()
         self.train_size, self.eval_size = train_size, eval_size
 
@@ -173,9 +194,19 @@ class Toy2D(DataModule):
     def data_std(self) -> float:
         return self.distribution.data_std
 
+    @property
+    def class_count(self) -> int | None:
+        return self.distribution.components
+
     def arrays(self) -> dict[str, Tensor]:
         sizes = {"train": self.train_size, "val": self.eval_size, "test": self.eval_size}
-        return {
-            name: self.distribution.sample(size, torch.Generator().manual_seed(1000 * self.seed + part))
+        drawn = {
+            name: self.distribution.labelled_sample(size, torch.Generator().manual_seed(1000 * self.seed + part))
             for part, (name, size) in enumerate(sizes.items())
         }
+        self._labels = {name: labels for name, (_, labels) in drawn.items()}
+        return {name: points for name, (points, _) in drawn.items()}
+
+    def labels(self, split: str) -> Tensor | None:
+        self.setup()
+        return self._labels[split]

@@ -51,6 +51,7 @@ class DiT(nn.Module):
         mlp_ratio: hidden features of a block's MLP, as a multiple of ``width``.
         checkpointing: whether to compute the activations of the blocks again in the backward pass instead of keeping them;
             not in a network of a forward process.
+        num_classes: number of classes whose labels it sees; filled in where the data have labels.
 
     Raises:
         ConfigError: the shapes are not images, the patch does not divide H and W, the heads do not divide the width, or 4
@@ -69,6 +70,7 @@ class DiT(nn.Module):
         heads: int = 6,
         mlp_ratio: float = 4.0,
         checkpointing: bool = False,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         check_images("DiT", in_shape, out_shape)
@@ -80,7 +82,7 @@ class DiT(nn.Module):
         self.patch = patch
         self.rows, self.columns = in_shape[1] // patch, in_shape[2] // patch
         self.register_buffer("positions", sincos_positions(self.rows, self.columns, width), persistent=False)
-        self.embed = TimeEmbedding(width)
+        self.embed = TimeEmbedding(width, num_classes=num_classes)
         self.inp = nn.Linear(in_shape[0] * patch**2, width)
         self.inp.apply(_xavier)
         self.blocks = nn.ModuleList(_Block(width, heads, round(mlp_ratio * width)) for _ in range(depth))
@@ -89,9 +91,9 @@ class DiT(nn.Module):
         zero_(self.modulation)
         zero_(self.out)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Returns the output, (B, C', H, W), at x (B, C, H, W) and t (B,)."""
-        embedding = self.embed(t)
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Returns the output, (B, C', H, W), at x (B, C, H, W), t (B,) and, if there are classes, label (B,)."""
+        embedding = self.embed(t, label)
         h = self.inp(self.patches(x)) + self.positions
         for block in self.blocks:
             h = evaluate(block, h, embedding, self.checkpointing)

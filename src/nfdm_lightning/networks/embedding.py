@@ -15,20 +15,29 @@ class TimeEmbedding(nn.Module):
         features: size of the embedding.
         frequencies: number of frequencies.
         max_frequency: the largest f_k.
+        num_classes: number of classes, to each of which, and to "no label" after them, it adds a learned vector; None for an
+            embedding of t alone.
     """
 
     frequencies: Tensor
 
-    def __init__(self, features: int, frequencies: int = 16, max_frequency: float = 32.0) -> None:
+    def __init__(
+        self, features: int, frequencies: int = 16, max_frequency: float = 32.0, num_classes: int | None = None
+    ) -> None:
         super().__init__()
         grid = 0.5 * (2 * max_frequency) ** torch.linspace(0, 1, frequencies)
         self.register_buffer("frequencies", math.pi * grid, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
+        self.classes = None if num_classes is None else nn.Embedding(num_classes + 1, features)
 
-    def forward(self, t: Tensor) -> Tensor:
-        """Returns the embedding of t (B,), shape (B, features)."""
+    def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Returns the embedding of t (B,) and, if there are classes, of labels (B,), None for no label: (B, features)."""
         angles = t[:, None] * self.frequencies
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))
+        embedding: Tensor = self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))
+        if self.classes is None:
+            return embedding
+        label = t.new_full(t.shape, self.classes.num_embeddings - 1, dtype=torch.long) if label is None else label
+        return embedding + self.classes(label)
 
 
 def zero_(layer: nn.Module) -> None:

@@ -34,6 +34,7 @@ class ResidualMLP(nn.Module):
         width: hidden features.
         depth: number of residual blocks.
         dropout: dropout probability; 0 in any network of a forward process.
+        num_classes: number of classes whose labels it sees; filled in where the data have labels.
     """
 
     def __init__(
@@ -43,19 +44,20 @@ class ResidualMLP(nn.Module):
         width: int = 128,
         depth: int = 3,
         dropout: float = 0.0,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         self.out_shape = tuple(out_shape)
-        self.embed = TimeEmbedding(width)
+        self.embed = TimeEmbedding(width, num_classes=num_classes)
         self.inp = nn.Linear(math.prod(in_shape), width)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
         self.act = nn.SiLU()
         self.out = nn.Linear(width, math.prod(out_shape))
         zero_(self.out)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Returns the output, (B, *out_shape), at x (B, *in_shape) and t (B,)."""
-        embedding = self.embed(t)
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Returns the output, (B, *out_shape), at x (B, *in_shape), t (B,) and, if there are classes, label (B,)."""
+        embedding = self.embed(t, label)
         h = self.inp(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)

@@ -35,6 +35,7 @@ class UNet(nn.Module):
         residual_resampling: whether the resolution changes inside residual blocks rather than by one convolution.
         checkpointing: whether to compute the activations of the blocks again in the backward pass instead of keeping them;
             not in a network of a forward process.
+        num_classes: number of classes whose labels it sees; filled in where the data have labels.
 
     Raises:
         ConfigError: the shapes are not images, H and W cannot be halved often enough, no level has a height of
@@ -55,6 +56,7 @@ class UNet(nn.Module):
         head_channels: int = 64,
         residual_resampling: bool = False,
         checkpointing: bool = False,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         check_images("UNet", in_shape, out_shape)
@@ -81,7 +83,7 @@ class UNet(nn.Module):
 
         self.checkpointing = checkpointing
         embedding = 4 * channels
-        self.embed = TimeEmbedding(embedding)
+        self.embed = TimeEmbedding(embedding, num_classes=num_classes)
         self.inp = nn.Conv2d(in_shape[0], channels, 3, padding=1)
         self.position = nn.Parameter(torch.zeros(channels, *in_shape[1:])) if positions else None
 
@@ -119,9 +121,9 @@ class UNet(nn.Module):
         self.out = nn.Conv2d(width, out_shape[0], 3, padding=1)
         zero_(self.out)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Returns the output, (B, C', H, W), at x (B, C, H, W) and t (B,)."""
-        embedding = self.embed(t)
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Returns the output, (B, C', H, W), at x (B, C, H, W), t (B,) and, if there are classes, label (B,)."""
+        embedding = self.embed(t, label)
         h = self.inp(x)
         if self.position is not None:
             h = h + self.position

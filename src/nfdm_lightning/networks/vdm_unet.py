@@ -35,6 +35,7 @@ class VDMUNet(nn.Module):
         dropout: dropout probability; 0 in any network of a forward process.
         checkpointing: whether to compute the activations of the blocks again in the backward pass instead of keeping them;
             not in a network of a forward process.
+        num_classes: number of classes whose labels it sees; filled in where the data have labels.
 
     Raises:
         ConfigError: the shapes are not images, or the heads do not divide the features.
@@ -53,13 +54,14 @@ class VDMUNet(nn.Module):
         groups: int = 32,
         dropout: float = 0.0,
         checkpointing: bool = False,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         check_images("VDMUNet", in_shape, out_shape)
         self.checkpointing = checkpointing
         embedding = 4 * channels
         self.register_buffer("frequencies", torch.tensor([math.pi * 2.0**n for n in fourier]), persistent=False)
-        self.embed = TimeEmbedding(embedding)
+        self.embed = TimeEmbedding(embedding, num_classes=num_classes)
         self.inp = nn.Conv2d((1 + 2 * len(fourier)) * in_shape[0], channels, 3, padding=1)
         self.down = nn.ModuleList(ResBlock(channels, channels, embedding, groups, dropout) for _ in range(blocks))
         self.mid = ResBlock(channels, channels, embedding, groups, dropout, heads)
@@ -69,9 +71,9 @@ class VDMUNet(nn.Module):
         self.out = nn.Conv2d(channels, out_shape[0], 3, padding=1)
         zero_(self.out)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Returns the output, (B, C', H, W), at x (B, C, H, W) and t (B,)."""
-        embedding = self.embed(t)
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Returns the output, (B, C', H, W), at x (B, C, H, W), t (B,) and, if there are classes, label (B,)."""
+        embedding = self.embed(t, label)
         h = self.inp(self.features(x))
         skips = [h]
         for block in self.down:

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.labels import Conditioned
 
 if TYPE_CHECKING:
     from nfdm_lightning.processes.penalties import Penalty
@@ -129,7 +130,7 @@ class Ends:
     std_s: Tensor
 
 
-class ForwardProcess(nn.Module, abc.ABC):
+class ForwardProcess(Conditioned, abc.ABC):
     r"""A forward process :math:`z_t = F(\varepsilon, t, x)` (NFDM, arXiv 2404.12940, section 3).
 
     A subclass writes :meth:`transform`, :meth:`inverse` and :meth:`log_prob`; velocity and score then come from automatic
@@ -141,8 +142,13 @@ class ForwardProcess(nn.Module, abc.ABC):
     (target, source) stacked to (B, 2, *event), and :meth:`split`, :meth:`join`, :meth:`prior`, :meth:`prior_log_prob`
     and :meth:`offset` say what that means. Every other process leaves these alone.
 
+    A process that sees class labels has the init argument ``num_classes``, builds its networks by
+    :func:`~nfdm_lightning.labels.build_network` and evaluates them by :meth:`call_network`. The labels are those of
+    :meth:`given`. One without that argument ignores them, and its x is told apart by the predictor alone.
+
     Args:
         shape: event shape of z, without the batch dimension.
+        num_classes: number of classes whose labels its networks see; None for a process without labels.
     """
 
     delta: float = 1e-2
@@ -154,8 +160,8 @@ class ForwardProcess(nn.Module, abc.ABC):
     penalties: Sequence["Penalty"] = ()
     """What the process wants added to the objective in training, besides the bound."""
 
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
+    def __init__(self, shape: Shape, num_classes: int | None = None) -> None:
+        super().__init__(num_classes)
         self.shape = tuple(shape)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.labels import build_network
 from nfdm_lightning.networks import auto
 from nfdm_lightning.processes.base import AffineProcess, Shape, bounded, check_bound, check_delta, expand_as_event, sum_event
 
@@ -33,6 +34,7 @@ class Bridge(AffineProcess):
         delta: standard deviation at both ends, in data units.
         noise: n, the scale of the noise between the ends, in data units.
         bound: limit of |l|, reached smoothly through tanh.
+        num_classes: number of classes whose labels the network sees; filled in where the data have labels.
     """
 
     takes_source: ClassVar[bool] = True
@@ -44,12 +46,13 @@ class Bridge(AffineProcess):
         delta: float = 1e-2,
         noise: float = 1.0,
         bound: float = 8.0,
+        num_classes: int | None = None,
     ) -> None:
-        super().__init__(shape)
+        super().__init__(shape, num_classes)
         if not noise > delta:
             raise ConfigError(f"noise={noise} must be above delta={delta}: it is the scale of the noise between the ends")
         doubled = (2 * self.shape[0], *self.shape[1:])
-        self.network = network(doubled, doubled)
+        self.network = build_network(network, doubled, doubled, num_classes)
         self.delta, self.noise, self.bound = check_delta(delta), noise, check_bound(bound)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -74,7 +77,7 @@ class Bridge(AffineProcess):
 
     def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         target, source = x.unbind(1)
-        shift, raw = self.network(x.flatten(1, 2), t).chunk(2, dim=1)
+        shift, raw = self.call_network(self.network, x.flatten(1, 2), t).chunk(2, dim=1)
         time = expand_as_event(t, target)
         learned = bounded(raw, self.bound)
         mean = (1 - time) * (target + time * shift) + time * source

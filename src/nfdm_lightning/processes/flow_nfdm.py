@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from nfdm_lightning.labels import build_part
 from nfdm_lightning.networks import auto
 from nfdm_lightning.processes.base import ForwardProcess, Shape, sum_event
 from nfdm_lightning.processes.flows import ConditionalFlow, auto_flow
@@ -27,6 +28,7 @@ class FlowNFDM(ForwardProcess):
         flow: builds G from the shape: SplineCoupling (vectors) or AffineCoupling (images), or a ConditionalFlow of yours.
         delta: standard deviation at t = 0, in data units.
         bound: limit of |l|, reached smoothly through tanh.
+        num_classes: number of classes whose labels mean, std and flow see; filled in where the data have labels.
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class FlowNFDM(ForwardProcess):
         flow: Callable[[Shape], ConditionalFlow] = auto_flow,
         delta: float = 1e-2,
         bound: float = 8.0,
+        num_classes: int | None = None,
     ) -> None:
-        super().__init__(shape)
-        self.affine = NFDM(shape, network, delta, bound)
-        self.flow = flow(self.shape)
+        super().__init__(shape, num_classes)
+        self.affine = NFDM(shape, network, delta, bound, num_classes)
+        self.flow = build_part(flow, self.shape, num_classes)
         self.delta = delta
 
     def transform(self, eps: Tensor, t: Tensor, x: Tensor) -> Tensor:

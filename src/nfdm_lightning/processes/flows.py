@@ -13,19 +13,21 @@ from torch import Tensor, nn
 from torch.distributions.transforms import AffineTransform, Transform
 
 from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.labels import Conditioned, build_network
 from nfdm_lightning.networks import auto
 from nfdm_lightning.processes.base import Shape, bounded, check_bound, expand_as_event, sum_event
 
 
-class ConditionalFlow(nn.Module, abc.ABC):
+class ConditionalFlow(Conditioned, abc.ABC):
     """An invertible map of eps given (t, x), the identity at both ends of time.
 
     Args:
         shape: event shape of eps and x.
+        num_classes: number of classes whose labels its networks see; None for a flow without labels.
     """
 
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
+    def __init__(self, shape: Shape, num_classes: int | None = None) -> None:
+        super().__init__(num_classes)
         self.shape = tuple(shape)
 
     @abc.abstractmethod
@@ -69,13 +71,21 @@ class Coupling(ConditionalFlow):
         network: builds the networks of the layers from (input shape, output shape); each is evaluated as n((x, eps_a), t).
         layers: number of layers.
         parameters: number of parameters of T for each dimension.
+        num_classes: number of classes whose labels the networks see; filled in where the data have labels.
 
     Raises:
         ConfigError: an image of odd height or width.
     """
 
-    def __init__(self, shape: Shape, network: Callable[[Shape, Shape], nn.Module], layers: int, parameters: int) -> None:
-        super().__init__(shape)
+    def __init__(
+        self,
+        shape: Shape,
+        network: Callable[[Shape, Shape], nn.Module],
+        layers: int,
+        parameters: int,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__(shape, num_classes)
         if len(shape) == 3 and (shape[1] % 2 or shape[2] % 2):
             raise ConfigError(f"{type(self).__name__} halves images, but these are {shape[1]}x{shape[2]}: use even sizes")
         if layers < 1:
@@ -85,7 +95,8 @@ class Coupling(ConditionalFlow):
         halves = [_Halves(self._mask(layer)) for layer in range(layers)]
         self.halves = nn.ModuleList(halves)
         self.networks = nn.ModuleList(
-            network((size + len(half.given), *rest), (parameters * len(half.moved), *rest)) for half in halves
+            build_network(network, (size + len(half.given), *rest), (parameters * len(half.moved), *rest), num_classes)
+            for half in halves
         )
 
     @abc.abstractmethod
@@ -116,7 +127,7 @@ class Coupling(ConditionalFlow):
         time = expand_as_event(t * (1 - t), u)
         for network, halves in self._layers():
             given, moved = u[:, halves.given], u[:, halves.moved]
-            transform = self.elementwise(network(torch.cat([x, given], 1), t), time)
+            transform = self.elementwise(self.call_network(network, torch.cat([x, given], 1), t), time)
             u = halves.join(given, transform(moved))
         return self._unsqueeze(u)
 
@@ -126,7 +137,7 @@ class Coupling(ConditionalFlow):
         log_det = u.new_zeros(len(u))
         for network, halves in reversed(self._layers()):
             given, moved = u[:, halves.given], u[:, halves.moved]
-            transform = self.elementwise(network(torch.cat([x, given], 1), t), time)
+            transform = self.elementwise(self.call_network(network, torch.cat([x, given], 1), t), time)
             back = transform.inv(moved)
             log_det = log_det + sum_event(transform.log_abs_det_jacobian(back, moved))
             u = halves.join(given, back)
@@ -145,6 +156,7 @@ class SplineCoupling(Coupling):
         bins: pieces of each spline.
         bound: limit of the parameters of the splines but for their factor t(1 - t), reached smoothly through tanh: steep
             splines lose their inverse in float32.
+        num_classes: number of classes whose labels the networks see; filled in where the data have labels.
 
     Raises:
         ConfigError: the data are images.
@@ -157,12 +169,13 @@ class SplineCoupling(Coupling):
         layers: int = 4,
         bins: int = 8,
         bound: float = 4.0,
+        num_classes: int | None = None,
     ) -> None:
         if len(shape) != 1:
             raise ConfigError(f"SplineCoupling is for vectors, but the data have shape {shape}: use AffineCoupling")
         if bins < 2:
             raise ConfigError(f"bins={bins} must be at least 2")
-        super().__init__(shape, network, layers, 3 * bins - 1)
+        super().__init__(shape, network, layers, 3 * bins - 1, num_classes)
         self.bins, self.bound = bins, check_bound(bound)
 
     def elementwise(self, raw: Tensor, time: Tensor) -> Transform:
@@ -183,15 +196,21 @@ class AffineCoupling(Coupling):
         network: builds the networks of the layers from (input shape, output shape).
         layers: number of layers.
         bound: c, the limit of a layer's log scale but for its factor t(1 - t).
+        num_classes: number of classes whose labels the networks see; filled in where the data have labels.
 
     Raises:
         ConfigError: an image of odd height or width.
     """
 
     def __init__(
-        self, shape: Shape, network: Callable[[Shape, Shape], nn.Module] = auto, layers: int = 4, bound: float = 4.0
+        self,
+        shape: Shape,
+        network: Callable[[Shape, Shape], nn.Module] = auto,
+        layers: int = 4,
+        bound: float = 4.0,
+        num_classes: int | None = None,
     ) -> None:
-        super().__init__(shape, network, layers, 2)
+        super().__init__(shape, network, layers, 2, num_classes)
         self.bound = check_bound(bound)
 
     def elementwise(self, raw: Tensor, time: Tensor) -> Transform:
@@ -199,6 +218,7 @@ class AffineCoupling(Coupling):
         return AffineTransform(time * shift, (time * bounded(log_scale, self.bound)).exp())
 
 
-def auto_flow(shape: Shape) -> ConditionalFlow:
+def auto_flow(shape: Shape, num_classes: int | None = None) -> ConditionalFlow:
     """Builds the default flow of a shape: AffineCoupling for images, SplineCoupling for vectors."""
-    return AffineCoupling(shape) if len(shape) == 3 else SplineCoupling(shape)
+    kind = AffineCoupling if len(shape) == 3 else SplineCoupling
+    return kind(shape, num_classes=num_classes)

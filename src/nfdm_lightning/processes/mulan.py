@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from nfdm_lightning.labels import build_network
 from nfdm_lightning.networks import auto
 from nfdm_lightning.processes.base import (
     AffineProcess,
@@ -38,6 +39,7 @@ class MuLAN(AffineProcess):
         gamma_max: gamma(1).
         bound: c, the limit of the coefficients: at 0.3 the std at x and at x_hat differ by a factor of 37 at most, at 1 by
             400, and the objective gets heavy tails.
+        num_classes: number of classes whose labels the network sees; filled in where the data have labels.
     """
 
     def __init__(
@@ -47,15 +49,16 @@ class MuLAN(AffineProcess):
         gamma_min: float = -13.3,
         gamma_max: float = 5.0,
         bound: float = 0.3,
+        num_classes: int | None = None,
     ) -> None:
-        super().__init__(shape)
+        super().__init__(shape, num_classes)
         self.schedule = VariancePreserving(gamma_min, gamma_max)
         self.bound = check_bound(bound)
-        self.network = network(self.shape, (3 * self.shape[0], *self.shape[1:]))
+        self.network = build_network(network, self.shape, (3 * self.shape[0], *self.shape[1:]), num_classes)
 
     def coefficients(self, x: Tensor) -> Tensor:
         """Returns a, b and d - 1, stacked along the first event dimension: the one evaluation of the network."""
-        return bounded(self.network(x, x.new_zeros(len(x))), self.bound)
+        return bounded(self.call_network(self.network, x, x.new_zeros(len(x))), self.bound)
 
     def gamma(self, t: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Returns gamma and its time derivative, each (B, *event)."""

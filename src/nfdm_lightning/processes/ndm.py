@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from nfdm_lightning.labels import build_network
 from nfdm_lightning.networks import auto
 from nfdm_lightning.processes.base import AffineProcess, Shape, expand_as_event, matched_g2
 from nfdm_lightning.processes.schedules import Schedule, VariancePreserving
@@ -20,6 +21,7 @@ class NDM(AffineProcess):
         shape: event shape of x.
         network: builds n from (input shape, output shape); it is evaluated as n(x, t).
         schedule: the path (alpha, sigma).
+        num_classes: number of classes whose labels the network sees; filled in where the data have labels.
     """
 
     def __init__(
@@ -27,14 +29,15 @@ class NDM(AffineProcess):
         shape: Shape,
         network: Callable[[Shape, Shape], nn.Module] = auto,
         schedule: Callable[[], Schedule] = VariancePreserving,
+        num_classes: int | None = None,
     ) -> None:
-        super().__init__(shape)
-        self.network = network(self.shape, self.shape)
+        super().__init__(shape, num_classes)
+        self.network = build_network(network, self.shape, self.shape, num_classes)
         self.schedule = schedule()
 
     def data_map(self, x: Tensor, t: Tensor) -> Tensor:
         """Returns F(x, t) = x + t n(x, t), (B, *event)."""
-        return x + expand_as_event(t, x) * self.network(x, t)
+        return x + expand_as_event(t, x) * self.call_network(self.network, x, t)
 
     def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.schedule(t)

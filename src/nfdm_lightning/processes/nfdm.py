@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from nfdm_lightning.labels import build_network
 from nfdm_lightning.networks import auto
 from nfdm_lightning.processes.base import AffineProcess, Shape, bounded, check_bound, check_delta, expand_as_event
 
@@ -26,6 +27,7 @@ class NFDM(AffineProcess):
         network: builds (m, l) from (input shape, output shape), the two stacked along the first event dimension.
         delta: standard deviation at t = 0, in data units.
         bound: limit of |l|, reached smoothly through tanh. Changes log std by bound / 4 at most.
+        num_classes: number of classes whose labels the network sees; filled in where the data have labels.
     """
 
     def __init__(
@@ -34,13 +36,14 @@ class NFDM(AffineProcess):
         network: Callable[[Shape, Shape], nn.Module] = auto,
         delta: float = 1e-2,
         bound: float = 8.0,
+        num_classes: int | None = None,
     ) -> None:
-        super().__init__(shape)
-        self.network = network(self.shape, (2 * self.shape[0], *self.shape[1:]))
+        super().__init__(shape, num_classes)
+        self.network = build_network(network, self.shape, (2 * self.shape[0], *self.shape[1:]), num_classes)
         self.delta, self.bound = check_delta(delta), check_bound(bound)
 
     def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = self.network(x, t).chunk(2, dim=1)
+        shift, raw = self.call_network(self.network, x, t).chunk(2, dim=1)
         time = expand_as_event(t, x)
         change = time * (1 - time) * bounded(raw, self.bound)
         return (1 - time) * (x + time * shift), expand_as_event(self.fixed_std(t), x) * change.exp()

@@ -26,6 +26,7 @@ class NFDMOT(NFDM):
         weight: lambda.
         warmup_steps: training steps over which the weight rises linearly from 0.
         fraction: share of each batch on which the penalty is evaluated: it costs more than the rest of a step.
+        num_classes: number of classes whose labels the network sees; filled in where the data have labels.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class NFDMOT(NFDM):
         weight: float = 1e-2,
         warmup_steps: int = 0,
         fraction: float = 1.0,
+        num_classes: int | None = None,
     ) -> None:
-        super().__init__(shape, network, delta, bound)
+        super().__init__(shape, network, delta, bound, num_classes)
         self.penalties = (Curvature(weight, warmup_steps, fraction),)
 
     def fixed_std(self, t: Tensor) -> Tensor:

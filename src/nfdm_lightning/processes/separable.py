@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.labels import build_network
 from nfdm_lightning.networks import auto
 from nfdm_lightning.processes.base import (
     AffineProcess,
@@ -38,6 +39,7 @@ class SeparableNFDM(AffineProcess):
         terms: K, the number of basis functions.
         delta: standard deviation at t = 0, in data units.
         bound: limit of the learned sum in log std, but for its factor t(1 - t).
+        num_classes: number of classes whose labels the network sees; filled in where the data have labels.
     """
 
     def __init__(
@@ -47,11 +49,12 @@ class SeparableNFDM(AffineProcess):
         terms: int = 4,
         delta: float = 1e-2,
         bound: float = 8.0,
+        num_classes: int | None = None,
     ) -> None:
-        super().__init__(shape)
+        super().__init__(shape, num_classes)
         if terms < 1:
             raise ConfigError(f"terms={terms} must be at least 1: the number of basis functions")
-        self.network = network(self.shape, (2 * terms * self.shape[0], *self.shape[1:]))
+        self.network = build_network(network, self.shape, (2 * terms * self.shape[0], *self.shape[1:]), num_classes)
         self.terms, self.delta, self.bound = terms, check_delta(delta), check_bound(bound)
 
     def basis(self, t: Tensor, order: int = 0) -> Tensor:
@@ -78,7 +81,9 @@ class SeparableNFDM(AffineProcess):
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns h and l, each (B, K, *event): the one evaluation of the network."""
-        shift, raw = self.network(x, x.new_zeros(len(x))).unflatten(1, (2, self.terms, self.shape[0])).unbind(1)
+        shift, raw = (
+            self.call_network(self.network, x, x.new_zeros(len(x))).unflatten(1, (2, self.terms, self.shape[0])).unbind(1)
+        )
         return shift, bounded(raw, self.bound / self.terms)
 
     def _series(self, t: Tensor, x: Tensor, shift: Tensor, log_noise: Tensor, order: int) -> tuple[Tensor, Tensor]:

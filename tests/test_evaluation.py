@@ -73,7 +73,7 @@ def test_one_table_and_one_report(folder, capsys):
     assert [one["nfe"] for one in found["estimates"]] == [2, 6, 2]
     for one in found["estimates"]:
         assert one["bits_per_dim"] == pytest.approx(one["nats"] / 64 / 0.6931471805599453)
-        assert one["dequantisation"] == "none: decoder"
+        assert one["dequantisation"] == "none: discrete decoder over 17 levels"
         assert one["bits_per_dim_se"] > 0
     bound = found["estimates"][0]
     assert sum(bound["parts_nats"].values()) == pytest.approx(bound["nats"])
@@ -81,6 +81,7 @@ def test_one_table_and_one_report(folder, capsys):
     assert trust["trusted"] is False
     assert trust["samples"] == 2
     assert found["samples"] == 3
+    assert found["likelihood"] == "-log p(x)"
     assert found["data"]["checksum"]
     assert found["checkpoint"]["weights"] == "average (EMA)"
     assert [gap["t"] for gap in found["marginals"]["gaps"]] == [0.0, 0.5]

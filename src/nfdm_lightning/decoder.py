@@ -17,6 +17,9 @@ from nfdm_lightning.processes.base import sum_event
 class Decoder(abc.ABC):
     """p(x | z_0) and its most likely x."""
 
+    name: str
+    """What a result says of it."""
+
     @abc.abstractmethod
     def log_prob(self, x: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Returns log p(x | z_0 = z) in nats, (B,); alpha and sigma are scalars."""
@@ -32,6 +35,8 @@ class GaussianDecoder(Decoder):
     Args:
         std: standard deviation; None takes that of the process, sigma_0 / alpha_0.
     """
+
+    name = "Gaussian decoder"
 
     def __init__(self, std: float | None = None) -> None:
         if std is not None and not std > 0:
@@ -62,7 +67,7 @@ class DiscreteDecoder(Decoder):
     def __init__(self, levels: int) -> None:
         if levels < 2:
             raise ConfigError(f"discrete data need at least 2 levels, got {levels}")
-        self.levels = levels
+        self.levels, self.name = levels, f"discrete decoder over {levels} levels"
 
     def log_prob(self, x: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         # in units of levels: place of z, its std, and place of x

@@ -29,7 +29,11 @@ class Dequantisation(abc.ABC):
     """Base of the dequantisations; a subclass writes :meth:`draw` and says its :attr:`name`."""
 
     name: str
-    """What a result says of it."""
+    """What it is called."""
+
+    def described(self, decoder: Decoder) -> str:
+        """Returns what a result says of it."""
+        return self.name
 
     @abc.abstractmethod
     def draw(
@@ -60,7 +64,10 @@ class WithDecoder(Dequantisation):
     The latents are then those that the model was trained on, and a discrete likelihood needs no noise of its own.
     """
 
-    name = "none: decoder"
+    name = "none"
+
+    def described(self, decoder: Decoder) -> str:
+        return f"{self.name}: {decoder.name}"
 
     def draw(
         self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, generators: Sequence[torch.Generator]

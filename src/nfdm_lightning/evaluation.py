@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nfdm_lightning.bound import bits_per_dim
-from nfdm_lightning.callbacks.training_record import holds_average
 from nfdm_lightning.checksums import tensors_md5
 from nfdm_lightning.cli_errors import Parser
 from nfdm_lightning.data import DataModule
@@ -30,7 +29,7 @@ from nfdm_lightning.likelihood import ODE, TRUST, Bound, Estimator, ImportanceWe
 from nfdm_lightning.marginals import Consistency, MarginalGap
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.provenance import commit, settings_of, versions
-from nfdm_lightning.report import count_parameters, write_report
+from nfdm_lightning.report import checkpoint_record, count_parameters, density_name, read_checkpoint, write_report
 from nfdm_lightning.sampling import load_model, stored_data
 
 _DESCRIPTION = "Estimate the likelihood of data under a checkpoint."
@@ -262,6 +261,7 @@ def likelihood(
         found = [run.guarded(one, ode, guard) if one.name == "ode" else one for one in found]
     gaps = run.consistency(consistency)
     report = {
+        "likelihood": density_name(model),
         "estimates": [one.record() for one in found],
         "marginals": {
             "settings": settings_of(consistency),
@@ -273,7 +273,7 @@ def likelihood(
         "seed": seed,
         "precision": str(model.dtype).removeprefix("torch."),
         "world_size": fabric.world_size,
-        "checkpoint": run.checkpoint_record(),
+        "checkpoint": {**checkpoint_record(checkpoint, read_checkpoint(checkpoint)), "md5_of_weights": run.weights},
         "parameters": count_parameters(model),
         "code": {"commit": commit(), **versions()},
     }
@@ -380,16 +380,6 @@ class _Run:
         label = self.model.labels_in_turn(settings.samples)
         given = reverse.given(source, None if label is None else label.to(like.device))
         return settings.evaluate(given, self.seed)
-
-    def checkpoint_record(self) -> dict[str, Any]:
-        """Returns what the report says of the checkpoint."""
-        stored = torch.load(self.checkpoint, weights_only=True, map_location="cpu", mmap=True)
-        return {
-            "file": str(self.checkpoint),
-            "step": stored.get("global_step"),
-            "weights": "average (EMA)" if holds_average(stored) else "raw",
-            "md5": self.weights,
-        }
 
     def forget(self) -> None:
         """Removes what was kept for a stopped evaluation."""

@@ -83,7 +83,7 @@ class Estimator(abc.ABC):
 
     def dequantisation_name(self, decoder: Decoder) -> str:
         """Returns what connects latents and data, for the tags of a result."""
-        return WithDecoder.name
+        return WithDecoder().described(decoder)
 
 
 class Bound(Estimator):
@@ -233,7 +233,7 @@ class ODE(Estimator):
         return self.trace == "exact" or (self.trace == "auto" and dimensions <= _EXACT_TRACE_UP_TO)
 
     def dequantisation_name(self, decoder: Decoder) -> str:
-        name = self._dequantisation(decoder).name
+        name = self._dequantisation(decoder).described(decoder)
         return name if self.draws == 1 else f"{name}, {self.draws} importance-weighted draws"
 
     def _dequantisation(self, decoder: Decoder) -> Dequantisation:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from nfdm_lightning.callbacks import FID, NLL
 from nfdm_lightning.callbacks.training_record import holds_average, training_record
 from nfdm_lightning.data import DataModule
+from nfdm_lightning.dequantisation import WithDecoder
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.provenance import commit, versions
 
@@ -38,7 +39,7 @@ def build_report(trainer: Trainer, model: NeuralDiffusion, checkpoint: Path, con
     nll = [callback for callback in trainer.callbacks if isinstance(callback, NLL)]  # type: ignore[attr-defined]
     fid = [callback for callback in trainer.callbacks if isinstance(callback, FID)]  # type: ignore[attr-defined]
     data = trainer.datamodule  # type: ignore[attr-defined]
-    stored = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    stored = read_checkpoint(checkpoint)
     training = _training(stored)
     if isinstance(data, DataModule) and training.get("data"):
         seen, measured = training["data"], data.record()
@@ -50,9 +51,9 @@ def build_report(trainer: Trainer, model: NeuralDiffusion, checkpoint: Path, con
     return {
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "bound": {
-            "of": f"-log p({_modelled(model)})",
+            "of": density_name(model),
             "time": "continuous" if model.discrete_steps is None else f"{model.discrete_steps} steps",
-            "dequantisation": _dequantisation(model),
+            "dequantisation": WithDecoder().described(model.decoder),
             "draws_per_sample": [callback.test_draws for callback in nll],
             "seconds": [round(callback.seconds, 3) for callback in nll],
             "world_size": trainer.world_size,
@@ -61,11 +62,7 @@ def build_report(trainer: Trainer, model: NeuralDiffusion, checkpoint: Path, con
         },
         "fid": [result for callback in fid for result in callback.results],
         "data": data.record() if isinstance(data, DataModule) else None,
-        "checkpoint": {
-            "file": str(checkpoint),
-            "step": stored.get("global_step"),
-            "weights": "average (EMA)" if holds_average(stored) else "raw",
-        },
+        "checkpoint": checkpoint_record(checkpoint, stored),
         "parameters": count_parameters(model),
         "training": training,
         "code": {"commit": commit(), **versions()},
@@ -87,17 +84,27 @@ def count_parameters(model: NeuralDiffusion) -> dict[str, int]:
     return {"forward": forward, "reverse": total - forward, "total": total}
 
 
-def _modelled(model: NeuralDiffusion) -> str:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Returns a checkpoint's content, its tensors left in the file until they are used."""
+    stored: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    return stored
+
+
+def checkpoint_record(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a report says of a checkpoint and its content."""
+    return {
+        "file": str(path),
+        "step": stored.get("global_step"),
+        "weights": "average (EMA)" if holds_average(stored) else "raw",
+    }
+
+
+def density_name(model: NeuralDiffusion) -> str:
+    """Returns what the likelihood of a model is of: -log p(x), or that given source or label."""
     given = ["source"] if model.reverse.process.takes_source else []
     if model.num_classes is not None:
         given.append("label")
-    return f"x | {', '.join(given)}" if given else "x"
-
-
-def _dequantisation(model: NeuralDiffusion) -> str:
-    if model.hparams["levels"] is None:
-        return "none: continuous data"
-    return f"none: discrete decoder over {model.hparams['levels']} levels"
+    return f"-log p(x | {', '.join(given)})" if given else "-log p(x)"
 
 
 def _training(stored: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
-from conftest import CONFIGS, PROCESSES, batch, gaussian_data_model, perturb
+from conftest import CONFIGS, PROCESSES, batch, gaussian_data_model, perturb, small_data, small_model, small_trainer
 from nfdm_lightning.bound import random_draws, variational_bound
+from nfdm_lightning.callbacks import EMA
 from nfdm_lightning.cli import main
 from nfdm_lightning.decoder import GaussianDecoder
+from nfdm_lightning.likelihood import ODE, Bound, ImportanceWeighted
 from nfdm_lightning.solvers import Adaptive, Ancestral, Euler, EulerMaruyama, Heun, TorchSDE
 
 pytestmark = [
@@ -44,3 +47,31 @@ def test_a_whole_run(tmp_path, monkeypatch):
     assert main(["fit", *args, "--trainer.max_steps=5"]) == 0
     assert main(["test", *args, "--ckpt_path=last", "--nll.test_draws=2"]) == 0
     assert main(["sample", "--ckpt_path=runs/digits_nfdm/checkpoints/last.ckpt", "--number=4"]) == 0
+
+
+def test_the_average_is_on_the_device_of_the_model(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            ema = next(callback for callback in trainer.callbacks if isinstance(callback, EMA))
+            seen.append({parameter.device.type for parameter in ema._average_model.parameters()})
+
+    trainer = small_trainer(tmp_path, accelerator="gpu", callbacks=[EMA(), Look()])
+    trainer.fit(small_model(), small_data())
+    assert seen == [{"cuda"}] * 5
+
+
+def test_likelihoods_are_those_of_the_cpu():
+    reverse = gaussian_data_model(PROCESSES["nfdm"]((3,)), 1.0)
+    perturb(reverse.process)
+    _, _, x = batch((3,))
+    estimators = (Bound(2), ImportanceWeighted(2, 5), ODE(rtol=1e-7, atol=1e-7), ODE(trace="hutchinson"))
+    results = []
+    for device in ("cpu", "cuda"):
+        reverse.to(device)
+        found = [one.evaluate(reverse, GaussianDecoder(), x.to(device), torch.arange(len(x))) for one in estimators]
+        results.append([one.nats.cpu() for one in found])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -122,6 +122,22 @@ def test_learning_rate_warms_up_falls_and_follows_the_user_on_resume(tmp_path):
     assert rates[0] == pytest.approx(2e-2 * (0.01 + 0.99 * 0.5), rel=0.05)
 
 
+def test_an_optimiser_with_its_groups_in_the_older_order_continues(tmp_path):
+    keep = LastCheckpoint(every_n_train_steps=10)
+    keep.dirpath = str(tmp_path)
+    small_trainer(tmp_path, max_steps=3, callbacks=[keep], enable_checkpointing=True).fit(small_model(), small_data())
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    checkpoint["optimizer_states"][0]["param_groups"].reverse()
+    torch.save(checkpoint, tmp_path / "older.ckpt")
+    ends = []
+    for name in ("last", "older"):
+        model = small_model()
+        small_trainer(tmp_path, max_steps=6).fit(model, small_data(), ckpt_path=tmp_path / f"{name}.ckpt")
+        ends.append(model.state_dict())
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["name"] == "reverse"
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
 def test_accumulation_draws_new_numbers_for_every_batch(tmp_path):
     times = []
 
@@ -143,9 +159,15 @@ def test_rounded_times_are_refused(tmp_path, precision):
         small_trainer(tmp_path, precision=precision).fit(small_model(), small_data())
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
-def test_sharded_weights_are_refused(monkeypatch, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "way_out"),
+    [
+        (FSDPStrategy, "FSDPStrategy flattens the weights.*use ModelParallelStrategy, .* or ddp"),
+        (ModelParallelStrategy, "add --trainer.strategy.save_distributed_checkpoint=false"),
+    ],
+)
+def test_strategies_that_do_not_fit_are_refused(strategy, way_out):
     model = small_model()
     model._trainer = SimpleNamespace(strategy=strategy(), precision_plugin=None)
-    with pytest.raises(ConfigError, match=f"{strategy.__name__} shards the weights.*use ddp"):
+    with pytest.raises(ConfigError, match=way_out):
         model.setup("fit")

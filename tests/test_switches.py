@@ -159,7 +159,7 @@ def test_forward_and_reverse_process_have_their_own_learning_rates():
     )
     moved = {name.split(".")[1] for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert moved == {"predictor", "volatility"}
-    assert all(forward == 0 < reverse for reverse, forward in rates)
+    assert all(forward == 0 < reverse for forward, reverse in rates)
 
 
 @pytest.mark.parametrize(("decay", "halfway", "end"), [("cosine", 0.505, 0.01), ("linear", 0.505, 0.01), ("constant", 1, 1)])

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -131,6 +132,8 @@ class NfdmCLI(LightningCLI):
         if config.get("logger") in (None, True):
             # one folder per run, no version_N: checkpoints are found again
             kwargs["logger"] = TensorBoardLogger(root, name="", version="", default_hp_metric=False)
+        if config.get("strategy") == ModelParallelStrategy.__name__:  # alone, it would reach the trainer as a string
+            kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
         given = config.get("callbacks") or []
         callbacks = list(given) if isinstance(given, list) else [given]
         if config.get("enable_checkpointing") is not False:
@@ -150,7 +153,10 @@ class NfdmCLI(LightningCLI):
                 callback.dirpath = f"{root}/{CHECKPOINTS}"
         if config.get("enable_checkpointing") is False:
             extra = [callback for callback in extra if not isinstance(callback, LastCheckpoint)]
-        return self._instantiate_trainer({**config, **kwargs, "callbacks": callbacks}, extra)
+        try:
+            return self._instantiate_trainer({**config, **kwargs, "callbacks": callbacks}, extra)
+        except ValueError as error:  # settings of the trainer that do not go together
+            raise ConfigError(str(error)) from error
 
     def before_fit(self) -> None:
         """Refuses to start a new run over the checkpoints of another."""
@@ -244,6 +250,7 @@ def main(args: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")  # sharding; nothing is written into outputs
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     argv, sys.argv = sys.argv, [sys.argv[0], *args]  # what DDP starts its other processes with
     hint = "; continue with --ckpt_path=last" if args[:1] == ["fit"] else ""

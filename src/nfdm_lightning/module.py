@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,6 +26,7 @@ from nfdm_lightning.processes import NFDM, ForwardProcess, Penalty
 from nfdm_lightning.processes.base import AffineProcess, Shape
 from nfdm_lightning.reverse import ReverseProcess, check_time_differentiable
 from nfdm_lightning.seeding import Generators, mixed_seed
+from nfdm_lightning.sharding import for_training, gather_parts, is_sharded, release, shard
 from nfdm_lightning.solvers import Ancestral, Solution, Solver
 from nfdm_lightning.volatility import LearnedVolatility, Volatility
 
@@ -140,6 +142,7 @@ class NeuralDiffusion(LightningModule):
             self.to(memory_format=torch.channels_last)
         self.decoder: Decoder = GaussianDecoder(decoder_std) if levels is None else DiscreteDecoder(levels)
         self._seed: int | None = None
+        self._gathered = False
         self.last_terms: BoundTerms | None = None
         """The terms of the latest training step, for callbacks that look into them."""
         self.last_penalties: dict[str, Tensor] = {}
@@ -214,11 +217,47 @@ class NeuralDiffusion(LightningModule):
                 f"trainer.precision={self.trainer.precision} rounds the times and the noise themselves, which spoils the "
                 "bound: use bf16-mixed, which keeps the forward process in float32"
             )
-        if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        strategy = self.trainer.strategy
+        if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise ConfigError(
-                f"trainer.strategy={type(self.trainer.strategy).__name__} shards the weights, but their average, the "
-                "samplers and the time derivative need them whole on every device: use ddp; checkpointing saves memory"
+                f"trainer.strategy={type(strategy).__name__} flattens the weights, of which the average and the samplers "
+                "need each by itself: use ModelParallelStrategy, which shards them one by one, or ddp"
             )
+        if isinstance(strategy, ModelParallelStrategy):
+            self._check_sharding(strategy)
+
+    def _check_sharding(self, strategy: ModelParallelStrategy) -> None:
+        if strategy._save_distributed_checkpoint:
+            raise ConfigError(
+                "ModelParallelStrategy would write folders of shares as checkpoints, and those of a run are single files: "
+                "add --trainer.strategy.save_distributed_checkpoint=false"
+            )
+        if self.hparams["channels_last"]:
+            rank_zero_warn("ModelParallelStrategy keeps weights in their ordinary layout: channels_last has no effect")
+
+    def configure_model(self) -> None:
+        if self.device_mesh is None:  # set by ModelParallelStrategy alone
+            return
+        if self.hparams["channels_last"]:
+            self.to(memory_format=torch.contiguous_format)
+        differentiated = any(penalty.takes_derivatives for penalty in self.penalties)
+        network = None if differentiated else self.reverse.predictor.network
+        shard(self, network, ("training_step", "_gather"), self.trainer.strategy.root_device)
+
+    def gather_weights(self) -> None:
+        """Makes sharded weights whole on every process until :meth:`release_weights`; every process must call it."""
+        if is_sharded(self):
+            self._gathered = True
+            with for_training():
+                self._gather()
+
+    def _gather(self) -> None:
+        gather_parts(self)
+
+    def release_weights(self) -> None:
+        """Goes back to each process's share of sharded weights."""
+        self._gathered = False
+        release(self)
 
     def on_fit_start(self) -> None:
         if self.hparams["compile"]:
@@ -228,9 +267,13 @@ class NeuralDiffusion(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["nfdm_seed"] = self._seed
+        if self._gathered:  # amid an evaluation: saving has released the weights
+            self.gather_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seed = checkpoint.get("nfdm_seed")
+        for state in checkpoint.get("optimizer_states", []):  # an earlier version had the groups the other way round
+            state["param_groups"].sort(key=lambda group: group.get("name", ""))
 
     def on_train_start(self) -> None:
         # a resumed optimiser and scheduler bring the learning rate of the stopped run: the one now asked for counts
@@ -297,6 +340,25 @@ class NeuralDiffusion(LightningModule):
             self.log(f"train/{name}", cost.detach(), batch_size=part)
             total = total + penalty.weight_at(self.global_step) * cost
         return total
+
+    # callbacks evaluate as often as they like, some on one process alone: with sharded weights, no collective may be left
+    def on_validation_start(self) -> None:
+        self.gather_weights()
+
+    def on_validation_epoch_end(self) -> None:
+        self.release_weights()
+
+    def on_test_start(self) -> None:
+        self.gather_weights()
+
+    def on_test_end(self) -> None:
+        self.release_weights()
+
+    def on_predict_start(self) -> None:
+        self.gather_weights()
+
+    def on_predict_end(self) -> None:
+        self.release_weights()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluation is the callbacks' work, see :class:`nfdm_lightning.callbacks.NLL`."""
@@ -380,15 +442,18 @@ class NeuralDiffusion(LightningModule):
         return label.to(self.device, torch.long)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Returns the parameters of the reverse and, where there are any, the forward process, with their peak rates."""
+        """Returns the parameters of the forward, where there are any, and the reverse process, with their peak rates.
+
+        In the order of the module's parameters, by which ModelParallelStrategy understands the state of an optimiser.
+        """
         hp, process = self.hparams, {id(parameter) for parameter in self.reverse.process.parameters()}
         groups = [
-            {"name": "reverse", "lr": hp["lr"], "params": [p for p in self.parameters() if id(p) not in process]},
             {
                 "name": "forward",
                 "lr": hp["lr"] if hp["process_lr"] is None else hp["process_lr"],
                 "params": [p for p in self.parameters() if id(p) in process],
             },
+            {"name": "reverse", "lr": hp["lr"], "params": [p for p in self.parameters() if id(p) not in process]},
         ]
         return [group for group in groups if group["params"]]
 

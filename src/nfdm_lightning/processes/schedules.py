@@ -86,21 +86,22 @@ class LearnedMonotone(Schedule):
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, width: int = 32) -> None:
         super().__init__()
         VariancePreserving(gamma_min, gamma_max)  # the same check of the two ends
-        self.gamma_0 = nn.Parameter(torch.tensor(gamma_min))
-        self.log_gap = nn.Parameter(torch.tensor(gamma_max - gamma_min).log())
-        self.linear = nn.Parameter(torch.tensor(math.log(math.e - 1)))  # softplus of it is 1
+        # one number each, but no scalars: those cannot be shared out over processes
+        self.gamma_0 = nn.Parameter(torch.tensor([gamma_min]))
+        self.log_gap = nn.Parameter(torch.tensor([gamma_max - gamma_min]).log())
+        self.linear = nn.Parameter(torch.tensor([math.log(math.e - 1)]))  # softplus of it is 1
         self.bump = nn.Parameter(torch.full((width,), -6.0))
         self.slope = nn.Parameter(torch.full((width,), 10.0))
         self.offset = nn.Parameter(-10.0 * torch.linspace(0, 1, width))
 
     def _raw(self, t: Tensor) -> Tensor:
         bumps = torch.sigmoid(functional.softplus(self.slope) * t[..., None] + self.offset)
-        return functional.softplus(self.linear) * t + (functional.softplus(self.bump) * bumps).sum(-1)
+        return functional.softplus(self.linear[0]) * t + (functional.softplus(self.bump) * bumps).sum(-1)
 
     def gamma(self, t: Tensor) -> Tensor:
         """Returns minus the log-SNR at t, of the shape of t; strictly increasing in t."""
         low, high = self._raw(torch.zeros_like(t)), self._raw(torch.ones_like(t))
-        return self.gamma_0 + self.log_gap.exp() * (self._raw(t) - low) / (high - low)
+        return self.gamma_0[0] + self.log_gap[0].exp() * (self._raw(t) - low) / (high - low)
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         gamma = self.gamma(t)

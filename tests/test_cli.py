@@ -152,7 +152,7 @@ def test_sample_of_discrete_data_are_levels_that_files_reads_again(capsys):
 def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "sample"):
+    for command in ("fit", "validate", "test", "predict", "sample", "likelihood"):
         assert f"    {command} " in out
     assert main(["sample", "--help"]) == 0
     assert "--solver" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from nfdm_lightning.decoder import DiscreteDecoder, GaussianDecoder
 from nfdm_lightning.dequantisation import Density, TruncatedNormal, Uniform, WithDecoder
 from nfdm_lightning.errors import ConfigError, NonFiniteError
 from nfdm_lightning.likelihood import ODE, Bound, ImportanceWeighted, check_trust, judge
+from nfdm_lightning.networks import ResidualMLP
 from nfdm_lightning.predictor import DataSpec, Predictor, XPrediction
 from nfdm_lightning.processes import NFDM, Cosine, Gaussian, LinearFlow
 from nfdm_lightning.reverse import ReverseProcess
@@ -339,6 +340,32 @@ def test_estimates_do_not_depend_on_the_batch(estimator):
     assert whole.nfe > 0
     other = estimator.evaluate(reverse, decoder, x, torch.arange(5), seed=4)
     assert not torch.allclose(whole.nats, other.nats, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "estimator", [Bound(2), ImportanceWeighted(2, 4), ODE(rtol=1e-4, atol=1e-4)], ids=["bound", "iw", "ode"]
+)
+def test_labels_reach_both_networks_of_every_estimate(estimator):
+    network = partial(ResidualMLP, width=8, depth=1)
+    process = NFDM((2,), network=network, num_classes=3)
+    predictor = XPrediction(DataSpec((2,), num_classes=3), network)
+    x, index, label = torch.randn(3, 2), torch.arange(3), torch.tensor([0, 2, 1])
+
+    def nats(label: Tensor | None) -> Tensor:
+        reverse = ReverseProcess(process, predictor, MatchedVolatility())
+        return estimator.evaluate(reverse, GaussianDecoder(), x, index, label=label).nats
+
+    for part in (process, predictor):
+        perturb(process, 0.3)
+        perturb(predictor, 0.3)
+        for name, parameter in part.named_parameters():
+            if "embed" in name and parameter.shape[0] == 4:  # the labels of the other part make no difference
+                parameter.data.copy_(parameter.data[:1].expand_as(parameter))
+        given = nats(label)
+        same = [nats(torch.full((3,), int(one)))[place] for place, one in enumerate(label)]
+        assert torch.allclose(given, torch.stack(same), atol=1e-2)
+        assert not torch.allclose(given, nats(label.flip(0)), atol=1e-2)
+        assert not torch.allclose(given, nats(None), atol=1e-2)
 
 
 def test_bad_settings_are_refused():

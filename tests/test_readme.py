@@ -11,6 +11,8 @@ import pytest
 import nfdm_lightning
 from conftest import CONFIGS
 from nfdm_lightning.cli import main
+from nfdm_lightning.evaluation import likelihood_parser
+from nfdm_lightning.sampling import sample_parser
 
 FLOAT32 = True
 
@@ -62,6 +64,12 @@ def test_program_runs():
 def test_commands_parse(command, capsys):
     assert main([*shlex.split(command, comments=True)[1:], "--print_config"]) == 0
     assert "class_path: nfdm_lightning." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.split()[1] in ("sample", "likelihood")])
+def test_commands_on_checkpoints_parse(command):
+    parser = {"sample": sample_parser, "likelihood": likelihood_parser}[command.split()[1]]()
+    parser.parse_args(shlex.split(command, comments=True)[2:])
 
 
 def test_names_of_the_package_and_a_light_import():

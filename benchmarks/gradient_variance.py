@@ -209,13 +209,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=("toy2d", "digits"), default=["toy2d", "digits"])
     parser.add_argument("--plugins", nargs="+", choices=PLUGINS, default=list(PLUGINS))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, help="300 by default, 1,500 with --train")
     parser.add_argument("--draws", type=int, default=100, help="batches for each way and measurement")
     parser.add_argument("--train", action="store_true", help="train the ways instead, and test them")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what to train")
     parser.add_argument("--seeds", type=int, default=3, help="of the trainings")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     chosen = parser.parse_args()
+    chosen.steps = chosen.steps or (1500 if chosen.train else 300)
     report(training(chosen) if chosen.train else variances(chosen), chosen.out)
 
 

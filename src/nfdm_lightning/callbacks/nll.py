@@ -54,9 +54,9 @@ class NLL(Callback):
         test_draws: the same in test.
         seed: of the draws.
         antithetic: whether every second draw of a sample has the noise of the one before with the opposite sign; the
-            standard error was larger with it wherever it was measured (RESULTS.md).
-        importance: whether the times have the density that the model's AdaptiveTimes has learned, for a smaller standard
-            error of the same bound; the draws of two checkpoints then differ.
+            variance of the estimate was larger with it wherever it was measured (RESULTS.md).
+        importance: whether the times have the density that the model's AdaptiveTimes has learned, for less variance of the
+            estimate of the same bound; the draws of two checkpoints then differ.
     """
 
     def __init__(

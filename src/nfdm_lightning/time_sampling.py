@@ -87,9 +87,8 @@ class AdaptiveTimes(TimeSampler):
         m_k = \mathbb E\big[\ell^2 \mid t \in \text{bin } k\big], \qquad k = \lfloor K t \rfloor
 
     with m_k a running average over the training steps, of all processes together. For a = 0 this is the density of least
-    variance of the loss with independent times; the norm of the gradient is a similar function of t (RESULTS.md). The
-    weights 1/p are at most 1/a. Before the first observation p is uniform, and so it is when a run is continued with another
-    number of bins.
+    variance of the loss with independent times; what it does for the gradient is in RESULTS.md. The weights 1/p are at most
+    1/a. Before the first observation p is uniform, and so it is when a run is continued with another number of bins.
 
     Args:
         bins: K.

@@ -17,7 +17,6 @@ from nfdm_lightning.bound import (
     bits_per_dim,
     diffusion_loss,
     indexed_draws,
-    low_discrepancy_times,
     random_draws,
     variational_bound,
 )
@@ -26,6 +25,7 @@ from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.processes import NDM, NFDM, Cosine, Gaussian, LinearFlow, VariancePreserving
 from nfdm_lightning.processes.base import expand_as_event, sum_event
 from nfdm_lightning.reverse import ReverseProcess
+from nfdm_lightning.time_sampling import low_discrepancy_times
 from nfdm_lightning.volatility import LearnedVolatility, MatchedVolatility, Volatility
 
 

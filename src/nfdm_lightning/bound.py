@@ -22,17 +22,23 @@ from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.processes.base import AffineProcess, expand_as_event, sum_event
 from nfdm_lightning.reverse import ReverseProcess, drift
 from nfdm_lightning.seeding import generators, standard_normal
+from nfdm_lightning.time_sampling import LowDiscrepancyTimes, TimeSampler
 
 
 @dataclass(frozen=True)
 class BoundTerms:
-    """The terms of the bound, each (B,) in nats, and where the diffusion term was drawn: times (B,), states (B, *event)."""
+    """The terms of the bound, each (B,) in nats, and where the diffusion term was drawn: times (B,), states (B, *event).
+
+    ``weight`` is 1 / p(t), (B,), for times of density p: the diffusion term has it already, and the mean over a batch of
+    anything else that depends on t and z needs it too.
+    """
 
     reconstruction: Tensor
     diffusion: Tensor
     prior: Tensor
     t: Tensor
     z: Tensor
+    weight: Tensor
 
     @property
     def nats(self) -> Tensor:
@@ -51,17 +57,6 @@ class BoundTerms:
 def bits_per_dim(nats: Tensor, dimensions: int) -> Tensor:
     """Returns nats / (D ln 2)."""
     return nats / (dimensions * math.log(2))
-
-
-def low_discrepancy_times(number: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    r"""Draws :math:`t_i = (u + i / B) \bmod 1` in random order, (number,): uniform each, spread out together.
-
-    The order is random so that a sample's place in the batch says nothing of its time (VDM, arXiv 2107.00630, appendix I.1).
-    """
-    u = torch.rand(1, generator=generator, dtype=torch.float64)
-    order = torch.randperm(number, generator=generator)
-    times = (u + order / number) % 1
-    return times.to(like)
 
 
 def diffusion_loss(reverse: ReverseProcess, x: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,21 +95,45 @@ def discrete_diffusion_loss(
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one draw of the bound: times (B,), noise of the diffusion and of the reconstruction term."""
+    """The random numbers of one draw of the bound: times (B,), noise of the diffusion and of the reconstruction term.
+
+    ``weight`` is 1 / p(t), (B,), for times of density p; None for uniform ones.
+    """
 
     t: Tensor
     eps: Tensor
     eps_0: Tensor
+    weight: Tensor | None = None
 
 
-def random_draws(x: Tensor, generator: torch.Generator | None = None) -> Draws:
-    """Returns draws for targets x (B, *event) from a CPU generator, the same on every device; None is torch's global one."""
-    t = low_discrepancy_times(len(x), x, generator)
+def random_draws(
+    x: Tensor, generator: torch.Generator | None = None, times: TimeSampler | None = None, antithetic: bool = False
+) -> Draws:
+    """Returns the draws of one batch, the same on every device.
+
+    Args:
+        x: targets, (B, *event).
+        generator: CPU generator; None is torch's global one.
+        times: draws the times; None is :class:`LowDiscrepancyTimes`.
+        antithetic: whether the second half of the batch has the noise of the first with the opposite sign.
+    """
+    t, weight = (times or LowDiscrepancyTimes()).draw(len(x), x, generator)
     eps, eps_0 = torch.randn((2, *x.shape), generator=generator, dtype=x.dtype).to(x.device)
-    return Draws(t, eps, eps_0)
+    if antithetic:
+        half = len(x) // 2
+        eps[len(x) - half :] = -eps[:half]
+    return Draws(t, eps, eps_0, weight)
 
 
-def indexed_draws(x: Tensor, index: Tensor, draw: int, draws: int, seed: int = 0) -> Draws:
+def indexed_draws(
+    x: Tensor,
+    index: Tensor,
+    draw: int,
+    draws: int,
+    seed: int = 0,
+    antithetic: bool = False,
+    times: TimeSampler | None = None,
+) -> Draws:
     r"""Returns draw number ``draw`` of ``draws`` for samples of known index in their data set.
 
     Each sample's numbers depend on (seed, index, draw) alone, so an evaluation is the same however the data are split over
@@ -127,12 +146,19 @@ def indexed_draws(x: Tensor, index: Tensor, draw: int, draws: int, seed: int = 0
         draw: k, from 0.
         draws: K.
         seed: of all draws.
+        antithetic: whether draws 2j and 2j + 1 of a sample have noise of opposite sign in the diffusion term. The noise of
+            the reconstruction term, which is near even in it, stays independent.
+        times: gives the times the density of this sampler; None is a uniform one.
     """
     golden = (math.sqrt(5) - 1) / 2
     u = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     t = (u + index.cpu().double() * golden + draw / draws) % 1
     noise = standard_normal((len(x), 2, *x.shape[1:]), x.dtype, generators(index, seed, draw)).to(x.device)
-    return Draws(t.to(x), noise[:, 0], noise[:, 1])
+    eps, eps_0 = noise.unbind(1)
+    if antithetic and draw % 2:
+        eps = -indexed_draws(x, index, draw - 1, draws, seed).eps
+    placed, weight = (times or LowDiscrepancyTimes()).place(t.to(x))
+    return Draws(placed, eps, eps_0, weight)
 
 
 def variational_bound(
@@ -158,14 +184,16 @@ def variational_bound(
     process = reverse.process
     alpha, sigma = (value[0] for value in process.reference(x.new_zeros(1)))
     t = draws.t
+    weight = torch.ones_like(t) if draws.weight is None else draws.weight
     if discrete_steps is None:
         diffusion, z = diffusion_loss(reverse, x, draws.t, draws.eps)
     else:
         diffusion, z, t = discrete_diffusion_loss(reverse, x, draws.t, draws.eps, discrete_steps)
     return BoundTerms(
         reconstruction=-decoder.log_prob(target, process.start(draws.eps_0, x), alpha, sigma),
-        diffusion=diffusion,
+        diffusion=weight * diffusion,
         prior=process.prior_kl(draws.eps_0, x),
         t=t,
         z=z,
+        weight=weight,
     )

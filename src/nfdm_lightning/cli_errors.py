@@ -22,6 +22,7 @@ from nfdm_lightning.features import FeatureExtractor
 from nfdm_lightning.predictor import Predictor
 from nfdm_lightning.processes import ConditionalFlow, ForwardProcess, Penalty, Schedule
 from nfdm_lightning.solvers import Solver
+from nfdm_lightning.time_sampling import TimeSampler
 from nfdm_lightning.volatility import Volatility
 
 # What may stand at a key, by the last part of its name.
@@ -32,6 +33,7 @@ _BASES: dict[str, type] = {
     "schedule": Schedule,
     "flow": ConditionalFlow,
     "penalties": Penalty,
+    "times": TimeSampler,
     "distribution": Distribution2D,
     "solver": Solver,
     "solvers": Solver,

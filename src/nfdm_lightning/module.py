@@ -28,6 +28,7 @@ from nfdm_lightning.reverse import ReverseProcess, check_time_differentiable
 from nfdm_lightning.seeding import Generators, mixed_seed
 from nfdm_lightning.sharding import for_training, gather_parts, is_sharded, release, shard
 from nfdm_lightning.solvers import Ancestral, Solution, Solver
+from nfdm_lightning.time_sampling import LowDiscrepancyTimes, TimeSampler
 from nfdm_lightning.volatility import LearnedVolatility, Volatility
 
 _DROPOUT = 0xD0  # ends the seeds of dropout
@@ -63,6 +64,9 @@ class NeuralDiffusion(LightningModule):
         penalties: costs on the paths, added to the bound in training: Curvature, Obstacle, or a Penalty of your own.
         discrete_steps: T, to train and evaluate the bound of T discrete steps (NDM's first formulation; sample it with
             ``Ancestral`` in T evaluations); None is continuous time.
+        times: draws the times in training: LowDiscrepancyTimes, AdaptiveTimes (importance sampling) or UniformTimes.
+            Evaluation has uniform times, spread out.
+        antithetic: whether the second half of a training batch has the noise of the first with the opposite sign.
         channels_last: whether convolutions keep images with their channels last, which is faster on a GPU.
         compile: whether training runs the predictor's network through ``torch.compile``; the forward process, which is
             differentiated in t, is never compiled.
@@ -93,6 +97,8 @@ class NeuralDiffusion(LightningModule):
         betas: tuple[float, float] = (0.9, 0.99),
         penalties: list[Callable[[], Penalty]] | None = None,
         discrete_steps: int | None = None,
+        times: Callable[[], TimeSampler] = LowDiscrepancyTimes,
+        antithetic: bool = False,
         channels_last: bool = False,
         compile: bool = False,
         checkpoint_process: bool = False,
@@ -132,6 +138,7 @@ class NeuralDiffusion(LightningModule):
                 if compile:
                     raise ConfigError(f"model.compile=true: {owner} in t, which torch cannot compile: set compile to false")
         self.discrete_steps = discrete_steps
+        self.times, self.antithetic = times(), antithetic
         if checkpoint_process and not isinstance(built, AffineProcess):
             raise ConfigError(
                 f"model.checkpoint_process=true: {type(built).__name__} is not affine in the noise, and torch cannot "
@@ -267,11 +274,15 @@ class NeuralDiffusion(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["nfdm_seed"] = self._seed
+        checkpoint["nfdm_times"] = {"kind": type(self.times).__qualname__, **self.times.state_dict()}
         if self._gathered:  # amid an evaluation: saving has released the weights
             self.gather_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seed = checkpoint.get("nfdm_seed")
+        learned = dict(checkpoint.get("nfdm_times", {}))
+        if learned.pop("kind", None) == type(self.times).__qualname__:  # another sampler starts anew
+            self.times.load_state_dict(learned)
         for state in checkpoint.get("optimizer_states", []):  # an earlier version had the groups the other way round
             state["param_groups"].sort(key=lambda group: group.get("name", ""))
 
@@ -302,13 +313,14 @@ class NeuralDiffusion(LightningModule):
         torch.manual_seed(self._step_seed(_DROPOUT))  # dropout draws from the global generators
         (x, label), generator = self._unpack(batch), self.step_generator()
         target = self.target(x)
-        draws = random_draws(target.to(self.dtype), generator)
+        draws = random_draws(target.to(self.dtype), generator, self.times, self.antithetic)
         if label is not None:
             batch = Labelled(x, self._hide(label, generator))
         with self.reverse.full_precision(target.device):
             terms = self.bound(batch, draws)
             loss = terms.nats.mean() + self._penalty(batch, terms)
         self.last_terms = terms.detach()
+        self.times.observe(draws.t, self.last_terms.diffusion / terms.weight)
         bits = bits_per_dim(terms.nats.detach().mean(), self.dimensions)
         self.log("train/bits_per_dim", bits, prog_bar=True, batch_size=len(target))
         self.log_dict(
@@ -334,7 +346,7 @@ class NeuralDiffusion(LightningModule):
             part = math.ceil(penalty.fraction * len(x))  # the times are in random order
             source_part, label_part = (None if given is None else given[:part] for given in (source, label))
             reverse = self.reverse.given(source_part, label_part)
-            cost = penalty.cost(reverse, terms.z[:part], terms.t[:part]).mean()
+            cost = (penalty.cost(reverse, terms.z[:part], terms.t[:part]) * terms.weight[:part]).mean()
             name = penalty.name if penalty.name not in self.last_penalties else f"{penalty.name}_{len(self.last_penalties)}"
             self.last_penalties[name] = cost.detach()
             self.log(f"train/{name}", cost.detach(), batch_size=part)

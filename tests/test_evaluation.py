@@ -69,7 +69,7 @@ def test_one_table_and_one_report(folder, capsys):
     assert "marginals of SDE and ODE" in out
     found = report(folder)
     assert [one["estimator"] for one in found["estimates"]] == ["bound", "iw", "ode"]
-    assert [one["of"] for one in found["estimates"]] == ["SDE", "SDE", "ODE"]
+    assert [one["of"] for one in found["estimates"]] == ["SDE", "SDE in 3 steps", "ODE"]
     assert [one["nfe"] for one in found["estimates"]] == [2, 6, 2]
     for one in found["estimates"]:
         assert one["bits_per_dim"] == pytest.approx(one["nats"] / 64 / 0.6931471805599453)
@@ -125,6 +125,58 @@ def test_a_stopped_evaluation_goes_on_where_it_was(folder, monkeypatch, capsys):
     assert whole["nats"] == resumed["nats"]
 
 
+def test_what_is_kept_belongs_to_one_evaluation_alone(folder, monkeypatch, capsys):
+    from nfdm_lightning import evaluation
+
+    add = _Shelf.add
+
+    def stop(self, results):
+        add(self, results)
+        self.save()
+        raise KeyboardInterrupt
+
+    args = [*FEW, "--guard=0", "--consistency.samples=0", "--batch_size=2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation._Shelf, "add", stop)
+        assert main([*args, "--estimators=iw", "--seed=5"]) == 130
+    kept = {path: path.read_bytes() for path in Path(f"{RUN}/checkpoints").glob("last.likelihood_test.partial/*")}
+    assert len(kept) == 1
+    for other in (["--seed=6"], ["--seed=5", "--iw.steps=4"], ["--seed=5", "--split=val"]):
+        assert main([*args, "--estimators=iw", "--out=other.json", *other]) == 0  # reads none of it
+    assert main([*args, "--estimators=bound", "--seed=5"]) == 0
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert main([*args, "--estimators=iw", "--seed=5"]) == 0
+    assert not list(Path(f"{RUN}/checkpoints").glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "of", "likelihood"),
+    [
+        ("digits_nfdm_conditional", ["--model.predictor.network.channels=8"], "SDE", "-log p(x | label)"),
+        ("toy2d_bridge", [], "SDE", "-log p(x | source)"),
+        ("toy2d_ndm_discrete", [], "SDE in 100 steps", "-log p(x)"),
+    ],
+)
+def test_conditional_models_bridges_and_discrete_time(folder, config, settings, of, likelihood, capsys):
+    run = f"runs/{config}"
+    fit = ["fit", f"--config={CONFIGS / config}.yaml", f"--trainer.default_root_dir={run}", *FIT[2:7], *settings]
+    assert main(fit) == 0
+    few = [f"--ckpt_path={run}/checkpoints/last.ckpt", *FEW[2:], "--estimators=bound,iw,ode"]
+    assert main(["likelihood", *few]) == 0
+    found = report(folder / ".." / folder.name, f"../../{config}/checkpoints/last.likelihood_test.json")
+    assert [one["of"] for one in found["estimates"]] == [of, "SDE in 3 steps", "ODE"]
+    assert found["likelihood"] == likelihood
+    assert len(found["marginals"]["gaps"]) == 2
+
+
+def test_a_conditional_model_needs_labels(folder, capsys):
+    checkpoint = "runs/digits_nfdm_conditional/checkpoints/last.ckpt"
+    if not Path(checkpoint).exists():
+        pytest.skip("made by the test before")
+    assert main([*FEW, f"--ckpt_path={checkpoint}", "--data=Digits"]) == 2
+    assert "needs data.labels=true" in capsys.readouterr().err
+
+
 def test_two_processes_give_the_same(folder):
     command = [sys.executable, "-m", "nfdm_lightning", *FEW, "--estimators=bound,ode", "--number=5"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -156,7 +208,9 @@ def test_settings_of_dequantisation_and_other_data(folder, capsys):
     [
         (["--estimators=bound,od"], "no estimator 'od'; choose from bound, iw, ode"),
         (["--number=0"], "number=0"),
-        (["--data=EightGaussians2D"], "EightGaussians2D"),
+        (["--data=Toy2D"], "the model is for data of shape (1, 8, 8)"),
+        (["--data=Digits", "--data.labels=true"], "the model is not conditional"),
+        (["--seed=-1"], "must not be negative"),
         (["--ode.method=rk45"], "choose from dopri5"),
         (["--ode.dequantisation=Density", "--estimators=ode"], "Density is for continuous data"),
         (["--ckpt_path=nowhere.ckpt"], "there is no such file"),

@@ -15,8 +15,9 @@ from nfdm_lightning.errors import ConfigError, NonFiniteError
 from nfdm_lightning.likelihood import ODE, Bound, ImportanceWeighted, check_trust, judge
 from nfdm_lightning.networks import ResidualMLP
 from nfdm_lightning.predictor import DataSpec, Predictor, XPrediction
-from nfdm_lightning.processes import NFDM, Cosine, Gaussian, LinearFlow
+from nfdm_lightning.processes import NFDM, Bridge, Cosine, Gaussian, LinearFlow
 from nfdm_lightning.reverse import ReverseProcess
+from nfdm_lightning.seeding import generators
 from nfdm_lightning.volatility import LearnedVolatility, MatchedVolatility
 
 TIGHT = {"method": "dopri8", "rtol": 1e-8, "atol": 1e-8}
@@ -144,23 +145,21 @@ def test_importance_weights_are_those_of_the_ends_where_the_prediction_is_right(
     target = torch.randn(3, *shape)
     x = data_for(process, target)
     reverse = ReverseProcess(process, Known(shape, target), MatchedVolatility())
-    decoder, index, own = GaussianDecoder(0.2), torch.arange(3), []
+    index, own = torch.arange(3), []
 
     class Watched(GaussianDecoder):
         def log_prob(self, x, z, alpha, sigma):
             own.append(super().log_prob(x, z, alpha, sigma))
             return own[-1]
 
+    number = 32
     with torch.no_grad():
-        estimate = ImportanceWeighted(4, 3).evaluate(reverse, Watched(0.2), x, index)
+        paths = [ImportanceWeighted(1, 1).evaluate(reverse, Watched(0.2), x, index, seed=s).nats for s in range(number)]
         # what is left besides the decoder is log p(z_1) / q(z_1 | x), whose mean is minus the prior KL: 0 where pinned
-        ends = -estimate.parts["single_path"] - torch.stack(own).mean(0)
-        kl = torch.stack([process.prior_kl(torch.randn(3, *shape), x) for _ in range(64)])
-    if float(kl.abs().max()) == 0.0:
-        assert torch.allclose(ends, torch.zeros(3), atol=1e-9)
-    else:
-        assert torch.isfinite(ends).all()
-    assert decoder.std == 0.2
+        ends = -torch.stack(paths) - torch.stack(own)
+        kl = torch.stack([process.prior_kl(torch.randn(3, *shape), x) for _ in range(4 * number)])
+    noise = (ends.var(0) / number + kl.var(0) / len(kl)).sqrt()
+    assert ((ends.mean(0) + kl.mean(0)).abs() < 5 * noise + 1e-9).all()
 
 
 def jacobian_log_density(reverse: ReverseProcess, z: Tensor, steps: int = 60) -> Tensor:
@@ -196,11 +195,11 @@ def any_model(process, shape):
     return reverse
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", [name for name in PROCESSES if "flow" not in name])  # they take half a minute
 def test_ode_likelihood_is_the_change_of_variables_of_its_flow(name):
-    torch.manual_seed(0)
     shape = (2,)
-    process = PROCESSES[name](shape)
+    # the shipped bridge is stiff at both ends: too much for the fixed steps of the comparison
+    process = PROCESSES[name](shape) if name != "bridge" else Bridge(shape, network=small_network, delta=0.2, noise=0.5)
     perturb(process)
     reverse = any_model(process, shape)
     x = data_for(process, torch.randn(2, *shape))
@@ -211,6 +210,26 @@ def test_ode_likelihood_is_the_change_of_variables_of_its_flow(name):
     one = reverse.given(None if source is None else source[:1])
     expected = jacobian_log_density(one, alpha * z[:1]) + math.prod(shape) * alpha.log()
     assert float(-estimate.nats[0]) == pytest.approx(float(expected), abs=5e-4)
+
+
+def test_a_step_of_the_ode_likelihood_against_finite_differences(process, shape):
+    reverse, (x, index) = any_model(process, shape), (data_for(process, torch.randn(1, *shape)), torch.tensor([0]))
+    target, source = process.split(x)
+    estimate = ODE(Density(), trace="exact", method="euler", steps=1).evaluate(reverse, GaussianDecoder(), x, index)
+    reverse = reverse.given(source)
+    alpha, zero, h = process.reference(torch.zeros(1))[0], torch.zeros(1), 1e-5
+    z = alpha * target
+    divergence = 0.0
+    with torch.no_grad():
+        for i in range(z.numel()):
+            step = torch.zeros(z.numel())
+            step[i] = h
+            step = step.view_as(z)
+            rise = reverse.velocity(z + step, zero) - reverse.velocity(z - step, zero)
+            divergence += float(rise.flatten()[i]) / (2 * h)
+        end = z + reverse.velocity(z, zero)
+    log_p = float(process.prior_log_prob(end, source)) + divergence + z.numel() * float(alpha.log())
+    assert float(-estimate.nats) == pytest.approx(log_p, rel=1e-6, abs=1e-5)
 
 
 def test_ode_likelihood_of_images_against_zuko():
@@ -309,26 +328,54 @@ def test_truncated_normal_noise_has_the_density_that_it_states():
     assert float(share) == pytest.approx(float(expected), abs=0.015)
 
 
+@pytest.mark.parametrize("kind", [Uniform(), TruncatedNormal(0.1)], ids=lambda kind: kind.name)
+def test_weights_of_noise_in_a_bin_integrate_to_its_volume_in_latents(kind):
+    class Half(Gaussian):
+        def reference(self, t):
+            alpha, sigma = super().reference(t)
+            return 0.5 * alpha, sigma
+
+    reverse = ReverseProcess(Half((2,)), XPrediction(DataSpec((2,)), Zero), MatchedVolatility())
+    x = torch.zeros(4000, 2)
+    own = generators(torch.arange(4000), 1)
+    z, log_w = kind.draw(reverse, DiscreteDecoder(5), x, own)
+    width = 0.5 * 0.5  # of a bin, 2 / 4, in latents
+    assert float(z.abs().max()) <= width / 2
+    assert float(log_w.exp().mean()) == pytest.approx(width**2, rel=0.03)  # E_q [1 / q] is the volume
+
+
+@pytest.mark.parametrize("name", [name for name in PROCESSES if "flow" not in name])
+def test_ode_likelihood_in_float32_is_that_in_float64(name):
+    process = PROCESSES[name]((2,)) if name != "bridge" else Bridge((2,), network=small_network, noise=1.0)
+    perturb(process)
+    reverse = any_model(process, (2,))
+    x = data_for(process, torch.randn(2, 2))
+    double = ODE(rtol=1e-4, atol=1e-4).evaluate(reverse, GaussianDecoder(), x, torch.arange(2)).nats
+    torch.set_default_dtype(torch.float32)
+    single = ODE(rtol=1e-4, atol=1e-4).evaluate(reverse.float(), GaussianDecoder(), x.float(), torch.arange(2)).nats
+    assert torch.allclose(single.double(), double, atol=0.02)
+
+
 def test_the_guard_trips_on_eight_steps_of_euler_and_not_on_a_good_solve():
     reverse, decoder, atoms, _ = levels_model(0.02)
     x, index = atoms, torch.arange(5)
-    coarse = judge([check_trust(ODE(TruncatedNormal(), method="euler", steps=8), reverse, decoder, x, index)])
+    coarse = judge(*check_trust(ODE(TruncatedNormal(), method="euler", steps=8), reverse, decoder, x, index))
     assert not coarse.trusted
     assert coarse.solver_gap > 0.01  # coarse solves give too low a value
     assert "a finer solve differs" in coarse.reasons[0]
-    good = judge([check_trust(ODE(TruncatedNormal(), rtol=1e-4, atol=1e-4), reverse, decoder, x, index)] * 2)
+    good = judge(*check_trust(ODE(TruncatedNormal(), rtol=1e-4, atol=1e-4), reverse, decoder, x, index))
     assert good.trusted
-    assert good.samples == 10
+    assert good.samples == 5
     assert good.probe_gap is None
     noisy = ODE(TruncatedNormal(), trace="hutchinson", probes=1)
-    first = judge([check_trust(noisy, reverse, decoder, x[:4], index[:4])])
+    first = judge(*check_trust(noisy, reverse, decoder, x[:4], index[:4]))
     assert first.probe_gap is not None  # two probes at least
-    assert judge([(torch.zeros(2), torch.full((2,), 0.02))]).reasons == ["two sets of probes differ by +0.0200 bits/dim"]
-    assert not judge([(torch.full((2,), float("nan")), torch.zeros(0))]).trusted
+    assert judge(torch.zeros(2), torch.full((2,), 0.02)).reasons == ["two sets of probes differ by +0.0200 bits/dim"]
+    assert not judge(torch.full((2,), float("nan")), torch.zeros(0)).trusted
 
 
 @pytest.mark.parametrize(
-    "estimator", [Bound(3), ImportanceWeighted(2, 4), ODE(trace="hutchinson", draws=2)], ids=lambda e: e.of
+    "estimator", [Bound(3), ImportanceWeighted(2, 4), ODE(trace="hutchinson", draws=2)], ids=lambda e: type(e).__name__
 )
 def test_estimates_do_not_depend_on_the_batch(estimator):
     process = NFDM((1, 4, 4), network=small_network)
@@ -345,7 +392,7 @@ def test_estimates_do_not_depend_on_the_batch(estimator):
 
 
 @pytest.mark.parametrize(
-    "estimator", [Bound(2), ImportanceWeighted(2, 4), ODE(rtol=1e-4, atol=1e-4)], ids=["bound", "iw", "ode"]
+    "estimator", [Bound(2), ImportanceWeighted(2, 4), ODE(rtol=1e-6, atol=1e-6)], ids=["bound", "iw", "ode"]
 )
 def test_labels_reach_both_networks_of_every_estimate(estimator):
     network = partial(ResidualMLP, width=8, depth=1)

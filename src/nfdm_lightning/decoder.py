@@ -36,12 +36,11 @@ class GaussianDecoder(Decoder):
         std: standard deviation; None takes that of the process, sigma_0 / alpha_0.
     """
 
-    name = "Gaussian decoder"
-
     def __init__(self, std: float | None = None) -> None:
         if std is not None and not std > 0:
             raise ConfigError(f"decoder std {std} must be positive")
         self.std = std
+        self.name = f"Gaussian decoder of {'the std of the process' if std is None else f'std {std:g}'}"
 
     def log_prob(self, x: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         std = sigma / alpha if self.std is None else torch.as_tensor(self.std, dtype=z.dtype, device=z.device)

@@ -5,10 +5,10 @@ written: a stopped evaluation goes on where it was, on any number of processes.
 """
 
 import contextlib
-import shutil
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from nfdm_lightning.bound import bits_per_dim
 from nfdm_lightning.checksums import tensors_md5
 from nfdm_lightning.cli_errors import Parser
 from nfdm_lightning.data import DataModule
-from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.errors import ConfigError, NonFiniteError
 from nfdm_lightning.labels import Labelled
 from nfdm_lightning.likelihood import ODE, TRUST, Bound, Estimator, ImportanceWeighted, Trust, check_trust, judge
 from nfdm_lightning.marginals import Consistency, MarginalGap
@@ -34,6 +34,7 @@ from nfdm_lightning.sampling import load_model, stored_data
 
 _DESCRIPTION = "Estimate the likelihood of data under a checkpoint."
 _SAVE_EVERY = 30.0  # seconds
+_PROBE_GAP = "probe_gap"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ class Measurement:
             "nats_se": error,
             "nfe": self.nfe,
             "dequantisation": self.dequantisation,
-            "parts_nats": {name: _mean(values)[0] for name, values in self.values.items() if name not in ("nats", "nfe")},
+            "parts_nats": {
+                name: _mean(values)[0] for name, values in self.values.items() if name not in ("nats", "nfe", _PROBE_GAP)
+            },
             "settings": self.settings,
             "seconds": round(self.seconds, 3),
         }
@@ -149,6 +152,17 @@ class _Data:
         self.labels = None if data.num_classes is None else data.model_labels(split)
         self.number = len(self.raw) if number is None else min(number, len(self.raw))
 
+    def check(self, model: NeuralDiffusion) -> None:
+        """Refuses data that the model is not for: of another shape, with labels or without, of other classes.
+
+        Raises:
+            ConfigError: says which.
+        """
+        x, label = self.fetch(torch.tensor([0]), model)
+        model.unpack(x if label is None else Labelled(x, label))
+        if self.data.num_classes != model.num_classes:
+            raise ConfigError(f"the data have {self.data.num_classes} classes, but the model {model.num_classes}")
+
     def fetch(self, places: Tensor, model: NeuralDiffusion) -> tuple[Tensor, Tensor | None]:
         """Returns samples as the model takes them, and their labels if the model is conditional."""
         x = self.data.normalise(self.raw[places].to(model.device)).to(model.dtype)
@@ -221,7 +235,7 @@ def likelihood(
         iw: settings of the importance-weighted bound.
         ode: settings of the ODE likelihood.
         consistency: settings of the comparison of the SDE's marginals with the ODE's.
-        estimators: which of bound, iw and ode, separated by commas.
+        estimators: which of bound (variational), iw (importance-weighted) and ode (change of variables), between commas.
         data: the data; by default those of the run's config.yaml.
         split: val or test.
         number: how many samples, the first of the split; all by default.
@@ -242,19 +256,22 @@ def likelihood(
     for name in names:
         if name not in known:
             raise ConfigError(f"--estimators={estimators}: no estimator {name!r}; choose from {', '.join(known)}")
+    if seed < 0:
+        raise ConfigError(f"seed={seed} must not be negative")
     if batch_size < 1 or guard < 0 or (number is not None and number < 1):
         raise ConfigError(f"batch_size={batch_size} and number={number} must be at least 1, guard={guard} at least 0")
     model = load_model(checkpoint)
-    if "bound" in names and bound.discrete_steps is None:
-        bound.discrete_steps = model.discrete_steps
+    if bound.discrete_steps is None:
+        known["bound"] = Bound(bound.draws, model.discrete_steps)
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes)
     fabric.launch()
     model = model.to(fabric.device)
     data = stored_data(checkpoint, "data") if data is None else data
     with fabric.rank_zero_first():
         samples = _Data(data, split, number)
-        x, label = samples.fetch(torch.tensor([0]), model)
-        model.target(x if label is None else Labelled(x, label))  # refuses data of another shape
+    samples.check(model)
+    path = checkpoint.with_suffix(f".likelihood_{split}.json") if out is None else Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
     run = _Run(fabric, model, samples, batch_size, seed, checkpoint, split, progress)
     found = [run.measure(name, known[name]) for name in dict.fromkeys(names)]
     if guard:
@@ -272,12 +289,12 @@ def likelihood(
         "samples": samples.number,
         "seed": seed,
         "precision": str(model.dtype).removeprefix("torch."),
+        "model": dict(model.hparams),
         "world_size": fabric.world_size,
         "checkpoint": {**checkpoint_record(checkpoint, read_checkpoint(checkpoint)), "md5_of_weights": run.weights},
         "parameters": count_parameters(model),
         "code": {"commit": commit(), **versions()},
     }
-    path = checkpoint.with_suffix(f".likelihood_{split}.json") if out is None else Path(out)
     if fabric.is_global_zero:
         write_report(report, path)
         run.forget()
@@ -305,10 +322,15 @@ class _Run:
         self.batches, self.checkpoint, self.split, self.progress = _Batches(batch_size), checkpoint, split, progress
         self.folder = checkpoint.with_suffix(f".likelihood_{split}.partial")
         self.weights = tensors_md5(model.state_dict())
+        self.keys: list[str] = []
 
     def _shelf(self, name: str, settings: dict[str, Any]) -> _Shelf:
-        about = f"{name} {sorted(settings.items())} {self.weights} {self.samples.data.checksum} {self.split} {self.seed}"
-        return _Shelf(self.folder, f"{name}-{tensors_md5({}, about)[:16]}", self.fabric.global_rank)
+        data, labels = self.samples.data, self.samples.labels
+        about: list[object] = [name, sorted(settings.items()), self.weights, dict(self.model.hparams), commit()]
+        about += [str(self.model.dtype), data.checksum, self.split, self.seed]
+        key = f"{name}-{tensors_md5({} if labels is None else {'labels': labels}, repr(about))[:16]}"
+        self.keys.append(key)
+        return _Shelf(self.folder, key, self.fabric.global_rank)
 
     def _evaluate(self, shelf: _Shelf, number: int, evaluate: Any, title: str) -> dict[str, Tensor]:
         """Returns the results of the first ``number`` samples, those of all processes, in order."""
@@ -326,7 +348,7 @@ class _Run:
         shelf.save()
         self.fabric.barrier()
         results = shelf.read()
-        keep = results["index"] < number
+        keep = results.get("index", torch.empty(0, dtype=torch.long)) < number
         if int(keep.sum()) != number:
             raise ConfigError(
                 f"{self.folder} is not shared by all processes: give every machine the same file system for checkpoints"
@@ -342,13 +364,15 @@ class _Run:
             x, label = self.samples.fetch(places, model)
             result = estimator.evaluate(model.reverse, model.decoder, x, places, self.seed, label)
             values = {"nats": result.nats, "nfe": torch.full_like(result.nats, result.nfe), **result.parts}
+            gap = result.probe_gap(model.dimensions)
+            values |= {_PROBE_GAP: gap} if len(gap) else {}
             return {key: value.double() for key, value in values.items()}
 
         begin = time.perf_counter()
         values = self._evaluate(self._shelf(name, settings), self.samples.number, evaluate, name)
         return Measurement(
             name=name,
-            of=estimator.of if model.discrete_steps is None or estimator.of == "ODE" else f"{model.discrete_steps} steps",
+            of=estimator.of,
             dequantisation=estimator.dequantisation_name(model.decoder),
             settings=settings,
             values={key: value for key, value in values.items() if key != "index"},
@@ -363,12 +387,15 @@ class _Run:
 
         def evaluate(places: Tensor) -> dict[str, Tensor]:
             x, label = self.samples.fetch(places, model)
-            solver, probe = check_trust(ode, model.reverse, model.decoder, x, places, self.seed, label)
+            try:
+                solver, probe = check_trust(ode, model.reverse, model.decoder, x, places, self.seed, label)
+            except NonFiniteError:  # the result itself is there
+                return {"solver": torch.full((len(places),), torch.nan, dtype=torch.float64)}
             return {"solver": solver.double()} | ({"probe": probe.double()} if len(probe) else {})
 
         results = self._evaluate(self._shelf("guard", one.settings), number, evaluate, "guard")
-        verdict = judge([(results["solver"], results.get("probe", torch.empty(0)))])
-        return Measurement(**{**vars(one), "trust": verdict})
+        probe = one.values.get(_PROBE_GAP, results.get("probe", torch.empty(0)))  # of all samples, where it was had for free
+        return replace(one, trust=judge(results["solver"], probe))
 
     def consistency(self, settings: Consistency) -> list[MarginalGap]:
         """Returns how far SDE and ODE are apart, on the first process; nothing on the others."""
@@ -382,8 +409,12 @@ class _Run:
         return settings.evaluate(given, self.seed)
 
     def forget(self) -> None:
-        """Removes what was kept for a stopped evaluation."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes what was kept of this evaluation, and nothing of others."""
+        for key in self.keys:
+            for path in self.folder.glob(f"{key}.*"):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are in it, or it never was
+            self.folder.rmdir()
 
 
 def table(found: list[Measurement], gaps: list[MarginalGap]) -> str:
@@ -396,8 +427,8 @@ def table(found: list[Measurement], gaps: list[MarginalGap]) -> str:
             (
                 one.name,
                 one.of,
-                f"{record['bits_per_dim']:.4f} +- {record['bits_per_dim_se']:.4f}",
-                f"{record['nats']:.3f} +- {record['nats_se']:.3f}",
+                _with_error(record["bits_per_dim"], record["bits_per_dim_se"], 4),
+                _with_error(record["nats"], record["nats_se"], 3),
                 f"{one.nfe:.0f}",
                 one.dequantisation,
             )
@@ -412,6 +443,10 @@ def table(found: list[Measurement], gaps: list[MarginalGap]) -> str:
         each = ", ".join(f"t={gap.t:g}: {gap.test.distance:.4f} (p={gap.test.p_value:.3f})" for gap in gaps)
         notes.append(f"marginals of SDE and ODE, energy distance from 0 (equal) to 1: {each}")
     return "\n".join([*lines, *notes])
+
+
+def _with_error(value: float, error: float, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" +- {error:.{digits}f}")
 
 
 def likelihood_parser(**kwargs: Any) -> Parser:

@@ -100,6 +100,17 @@ def call_network(network: nn.Module, x: Tensor, t: Tensor, label: Tensor | None,
     return network(x, t, label)
 
 
+def _given(module: nn.Module | None, label: Tensor | None) -> nn.Module | None:
+    """Returns a view of a module in which every conditioned part is given the label: of a list of them, too."""
+    if isinstance(module, Conditioned):
+        return module.given(label)
+    if module is None or not any(isinstance(part, Conditioned) for part in module.modules()):
+        return module
+    view = copy.copy(module)
+    view._modules = {name: _given(child, label) for name, child in module._modules.items()}  # the copy shares the original's
+    return view
+
+
 class Conditioned(nn.Module):
     """Base of the parts whose networks may see labels: forward processes and flows.
 
@@ -120,9 +131,7 @@ class Conditioned(nn.Module):
             return self
         conditioned = copy.copy(self)
         conditioned.label = label
-        conditioned._modules = {  # the shallow copy shares the original's
-            name: child.given(label) if isinstance(child, Conditioned) else child for name, child in self._modules.items()
-        }
+        conditioned._modules = {name: _given(child, label) for name, child in self._modules.items()}
         return conditioned
 
     def call_network(self, network: nn.Module, x: Tensor, t: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ A process, a predictor and a volatility define two generative models of the late
 only as far as training has made them: their likelihoods are two numbers, each with its own estimators.
 
 * :class:`Bound`: the variational bound of the SDE, above its negative log-likelihood.
-* :class:`ImportanceWeighted`: the same for K paths, between the bound and the likelihood, falling with K.
+* :class:`ImportanceWeighted`: that of the SDE in T steps for K paths, between the bound in T steps and the likelihood of the
+  sampler in T steps, falling with K. For small T it may lie above the bound in continuous time.
 * :class:`ODE`: the ODE's density by the change of variables along its path,
 
 .. math:: \log p_0(z_0) = \log p_1(z_1) + \int_0^1 \nabla \cdot f(z_t, t, \hat x(z_t, t))\, dt
@@ -31,7 +32,7 @@ from nfdm_lightning.reverse import ReverseProcess
 from nfdm_lightning.seeding import generators, standard_normal
 
 # begin the seeds of each use of random numbers, so that no two share a stream
-_DEQUANTISATION, _PROBES, _PATHS = 0xDE0, 0x9B0BE, 0x9A7
+_DEQUANTISATION, _PROBES, _PATHS = 0x9E3779B9_00000DE0, 0x9E3779B9_0009B0BE, 0x9E3779B9_000009A7
 _FIXED_STEPS = ("euler", "midpoint", "heun2", "heun3", "rk4")
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 _EXACT_TRACE_UP_TO = 16
@@ -55,6 +56,13 @@ class Estimate:
     parts: dict[str, Tensor] = field(default_factory=dict)
     probes: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
+    def probe_gap(self, dimensions: int) -> Tensor:
+        """Returns the difference between two halves of the probes in bits/dim, (B,); empty for fewer than two."""
+        middle = len(self.probes) // 2
+        if not middle:
+            return self.nats.new_empty(0)
+        return bits_per_dim(self.probes[:middle].mean(0) - self.probes[middle:].mean(0), dimensions)
+
 
 class Estimator(abc.ABC):
     """Base of the estimators; a subclass writes :meth:`evaluate`.
@@ -63,8 +71,10 @@ class Estimator(abc.ABC):
     batch size and any number of processes (but for the tolerance of adaptive solvers).
     """
 
-    of: str
-    """The model whose likelihood it estimates: SDE or ODE."""
+    @property
+    @abc.abstractmethod
+    def of(self) -> str:
+        """The model whose likelihood it estimates: SDE, SDE in T steps, or ODE."""
 
     @abc.abstractmethod
     def evaluate(
@@ -94,14 +104,16 @@ class Bound(Estimator):
         discrete_steps: T, for the bound of T discrete steps; None is continuous time.
     """
 
-    of = "SDE"
-
     def __init__(self, draws: int = 32, discrete_steps: int | None = None) -> None:
         if draws < 1:
             raise ConfigError(f"Bound.draws={draws} must be at least 1")
         if discrete_steps is not None and discrete_steps < 1:
             raise ConfigError(f"Bound.discrete_steps={discrete_steps} must be at least 1, or null for continuous time")
         self.draws, self.discrete_steps = draws, discrete_steps
+
+    @property
+    def of(self) -> str:
+        return "SDE" if self.discrete_steps is None else f"SDE in {self.discrete_steps} steps"
 
     @torch.no_grad()
     def evaluate(
@@ -128,16 +140,18 @@ class ImportanceWeighted(Estimator):
     (arXiv 1509.00519).
 
     Args:
-        samples: K.
-        steps: T, by default 100.
+        samples: K, paths of each sample.
+        steps: T, steps of each path.
     """
-
-    of = "SDE"
 
     def __init__(self, samples: int = 16, steps: int = 100) -> None:
         if samples < 1 or steps < 1:
             raise ConfigError(f"ImportanceWeighted: samples={samples} and steps={steps} must be at least 1")
         self.samples, self.steps = samples, steps
+
+    @property
+    def of(self) -> str:
+        return f"SDE in {self.steps} steps"
 
     @torch.no_grad()
     def evaluate(
@@ -174,7 +188,7 @@ class ODE(Estimator):
     The divergence is exact, by D backward passes, or Hutchinson's estimate :math:`v^T \partial_z f\, v`, by one for each
     random v, which is the same along the whole path. Nothing is kept between evaluations, so memory does not grow with
     their number. With several draws of the dequantisation and a stochastic trace, the errors of the trace lower the value
-    (Jensen's inequality); the result of each probe is in the estimate, and :func:`check_trust` compares them.
+    (Jensen's inequality), which no comparison of probes shows: give more probes, or an exact trace.
 
     Args:
         dequantisation: WithDecoder, Density (continuous data), Uniform or TruncatedNormal; None takes Density for continuous
@@ -189,8 +203,6 @@ class ODE(Estimator):
         atol: the same, absolute, of latents and of nats per dimension.
         steps: number of steps of a method of fixed steps.
     """
-
-    of = "ODE"
 
     def __init__(
         self,
@@ -220,6 +232,10 @@ class ODE(Estimator):
         self.dequantisation, self.draws = dequantisation, draws
         self.trace, self.probes, self.probe = trace, probes, probe
         self.method, self.rtol, self.atol, self.steps = method, rtol, atol, steps
+
+    @property
+    def of(self) -> str:
+        return "ODE"
 
     def finer(self) -> Self:
         """Returns the same estimator, with the same random numbers, at a tenth of the tolerances or four times the steps."""
@@ -291,7 +307,8 @@ class ODE(Estimator):
         # one state (B, D + P): the latents, and the integrals per dimension, so that one tolerance serves both
         def rate(time: Tensor, state: Tensor) -> Tensor:
             nonlocal nfe
-            latents, t = state[:, :dimensions].view_as(z), time.to(z).expand(len(z)).contiguous()
+            latents = state[:, :dimensions].view_as(z)
+            t = time.to(z).clamp(0, 1).expand(len(z)).contiguous()  # adaptive methods look beyond the end
 
             def velocity(point: Tensor) -> Tensor:
                 return reverse.velocity(point, t)
@@ -331,7 +348,7 @@ class Trust:
     Attributes:
         solver_gap: mean difference to the finer solve, in bits/dim: positive if the solve gives too low a value.
         probe_gap: mean difference between two halves of the probes, in bits/dim; None for an exact trace.
-        samples: how many were compared.
+        samples: how many the two solves were compared on.
     """
 
     solver_gap: float
@@ -342,7 +359,9 @@ class Trust:
     def reasons(self) -> list[str]:
         """What speaks against it, in words."""
         found = []
-        if not abs(self.solver_gap) <= TRUST:
+        if math.isnan(self.solver_gap):
+            found.append("a finer solve failed")
+        elif not abs(self.solver_gap) <= TRUST:
             found.append(f"a finer solve differs by {self.solver_gap:+.4f} bits/dim")
         if self.probe_gap is not None and not abs(self.probe_gap) <= TRUST:
             found.append(f"two sets of probes differ by {self.probe_gap:+.4f} bits/dim")
@@ -372,15 +391,9 @@ def check_trust(
     coarse = given.evaluate(reverse, decoder, x, index, seed, label)
     fine = given.finer().evaluate(reverse, decoder, x, index, seed, label)
     dimensions = math.prod(reverse.shape)
-    halves = coarse.probes.new_empty(0)
-    if len(coarse.probes):
-        middle = len(coarse.probes) // 2
-        halves = bits_per_dim(coarse.probes[:middle].mean(0) - coarse.probes[middle:].mean(0), dimensions)
-    return bits_per_dim(fine.nats - coarse.nats, dimensions), halves
+    return bits_per_dim(fine.nats - coarse.nats, dimensions), coarse.probe_gap(dimensions)
 
 
-def judge(differences: list[tuple[Tensor, Tensor]]) -> Trust:
-    """Returns the verdict on the differences of all batches, as :func:`check_trust` gives them."""
-    solver = torch.cat([one for one, _ in differences])
-    probe = torch.cat([two for _, two in differences])
+def judge(solver: Tensor, probe: Tensor) -> Trust:
+    """Returns the verdict on differences as :func:`check_trust` gives them; those of the probes may be of more samples."""
     return Trust(float(solver.mean()), float(probe.mean()) if len(probe) else None, len(solver))

@@ -183,7 +183,7 @@ class NeuralDiffusion(LightningModule):
                 conditional model, whose bound is on -log p(x | label).
             draws: the random numbers.
         """
-        x, label = self._unpack(batch)
+        x, label = self.unpack(batch)
         x = x.to(self.dtype)  # normalised after the trainer has converted the batch to its precision
         draws = draws or random_draws(self.reverse.process.split(x)[0])
         with self.reverse.full_precision(x.device):
@@ -195,7 +195,7 @@ class NeuralDiffusion(LightningModule):
         self._check(x)
         return self.reverse.process.split(x)[0]
 
-    def _unpack(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def unpack(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Returns samples, (B, *event), and labels, if there are any, of a batch that fits the model."""
         x, label = unpack(batch)
         self._check(x)
@@ -311,7 +311,7 @@ class NeuralDiffusion(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         torch.manual_seed(self._step_seed(_DROPOUT))  # dropout draws from the global generators
-        (x, label), generator = self._unpack(batch), self.step_generator()
+        (x, label), generator = self.unpack(batch), self.step_generator()
         target = self.target(x)
         draws = random_draws(target.to(self.dtype), generator, self.times, self.antithetic)
         if label is not None:

@@ -208,7 +208,7 @@ class Adaptive(Solver):
         def velocity(time: Tensor, state: Tensor) -> Tensor:
             nonlocal nfe
             nfe += 1
-            return reverse.velocity(state, time.to(state).expand(len(state)))
+            return reverse.velocity(state, time.to(state).clamp(0, 1).expand(len(state)))  # it may look beyond the end
 
         times = _times(100 if trajectory else 1, z)
         states = odeint(velocity, z, times, rtol=self.rtol, atol=self.atol, method=self.method)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Toy2D,
     )
     from nfdm_lightning.labels import Labelled
+    from nfdm_lightning.likelihood import ODE, Bound, ImportanceWeighted
     from nfdm_lightning.module import NeuralDiffusion
     from nfdm_lightning.networks import DiT, ResidualMLP, UNet, VDMUNet
     from nfdm_lightning.predictor import EpsPrediction, LevelPrediction, VPrediction, XPrediction
@@ -62,6 +63,7 @@ _HOMES = {
         "Toy2D",
     ),
     "labels": ("Labelled",),
+    "likelihood": ("ODE", "Bound", "ImportanceWeighted"),
     "module": ("NeuralDiffusion",),
     "networks": ("DiT", "ResidualMLP", "UNet", "VDMUNet"),
     "predictor": ("EpsPrediction", "LevelPrediction", "VPrediction", "XPrediction"),

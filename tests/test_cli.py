@@ -243,6 +243,20 @@ def test_other_mistakes(args, part, run, capsys):
     assert part in error([arg.format(run=run) for arg in args], capsys)
 
 
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        ([*FIT, "--data.batch_size=0"], "batch_size=0"),
+        (["likelihood", f"--ckpt_path={RUN}/checkpoints/last.ckpt", "--data=Toy2D", "--data.batch_size=0"], "batch_size=0"),
+        (["sample", f"--ckpt_path={RUN}/checkpoints/last.ckpt", "--solver.nfe=0"], "nfe=0"),
+    ],
+)
+def test_what_a_part_refuses_when_it_is_built_is_one_line_too(args, part, run, capsys):
+    message = error(args, capsys)
+    assert part in message
+    assert "Namespace" not in message
+
+
 def test_damaged_and_foreign_checkpoints(run, capsys):
     good = run / "checkpoints" / "last.ckpt"
     Path("cut.ckpt").write_bytes(good.read_bytes()[:5000])

@@ -264,7 +264,8 @@ def main(args: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else 0
     except KeyboardInterrupt:
         return _say("stopped by Ctrl+C", EXIT_SIGINT)
-    except (NfdmError, MisconfigurationException, OmegaConfBaseException, RuntimeError) as error:
+    except (NfdmError, MisconfigurationException, OmegaConfBaseException, RuntimeError, ValueError) as raised:
+        error = cli_errors.own_error(raised)
         if os.environ.get("NFDM_TRACEBACK") == "1":
             raise
         message = cli_errors.one_line(error)

@@ -11,8 +11,10 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from omegaconf.errors import OmegaConfBaseException
 
 from nfdm_lightning import callbacks, networks
 from nfdm_lightning.data import DataModule, Distribution2D
@@ -139,12 +141,21 @@ def is_state_mismatch(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error)
 
 
+def own_error(error: BaseException) -> BaseException:
+    """Returns the error of this package that an error was made of, as the parser does where it builds a part; or itself."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, NfdmError):
+        found = found.__cause__ or found.__context__
+    return error if found is None else found
+
+
 def one_line(error: BaseException) -> str | None:
     """Returns an error as one line, or None for one that is not known, whose traceback is of use."""
     text = " ".join(str(error).split())
     if is_state_mismatch(error):
         return f"the checkpoint is of another model: use the configuration that it was trained with ({text[:300]})"
-    if isinstance(error, RuntimeError) and not isinstance(error, NfdmError):
+    known = (NfdmError, MisconfigurationException, OmegaConfBaseException)
+    if isinstance(error, (RuntimeError, ValueError)) and not isinstance(error, known):
         return None
     return text
 

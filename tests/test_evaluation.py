@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from conftest import CONFIGS
 from nfdm_lightning.cli import main
-from nfdm_lightning.errors import ConfigError
+from nfdm_lightning.errors import ConfigError, NonFiniteError
 from nfdm_lightning.evaluation import _Batches, _Shelf
 
 FLOAT32 = True
@@ -67,6 +67,7 @@ def test_one_table_and_one_report(folder, capsys):
     out = capsys.readouterr().out
     assert "UNTRUSTED ode: a finer solve differs by" in out
     assert "marginals of SDE and ODE" in out
+    assert "trained with flip=False" in out
     found = report(folder)
     assert [one["estimator"] for one in found["estimates"]] == ["bound", "iw", "ode"]
     assert [one["of"] for one in found["estimates"]] == ["SDE", "SDE in 3 steps", "ODE"]
@@ -82,7 +83,7 @@ def test_one_table_and_one_report(folder, capsys):
     assert trust["samples"] == 2
     assert found["samples"] == 3
     assert found["likelihood"] == "-log p(x)"
-    assert found["data"]["checksum"]
+    assert found["data"]["checksum"] == found["training"]["data"]["checksum"]
     assert found["checkpoint"]["weights"] == "average (EMA)"
     assert [gap["t"] for gap in found["marginals"]["gaps"]] == [0.0, 0.5]
     assert not list((folder / RUN / "checkpoints").glob("*.partial*"))
@@ -96,6 +97,20 @@ def test_the_bound_is_that_of_lightning_test(folder, capsys):
     assert main([*args, "--trainer.enable_progress_bar=false"]) == 0
     theirs = report(folder, "last.test.json")["metrics"]
     assert ours["bits_per_dim"] == pytest.approx(theirs["test/bits_per_dim"], rel=1e-5)
+
+
+def test_a_finer_solve_that_fails_leaves_the_result_untrusted(folder, monkeypatch, capsys):
+    from nfdm_lightning import evaluation
+
+    def fails(*_):
+        raise NonFiniteError("diverged")
+
+    monkeypatch.setattr(evaluation, "check_trust", fails)
+    assert main([*FEW, "--estimators=ode", "--out=untrusted.json", "--consistency.samples=0"]) == 0
+    assert "UNTRUSTED ode: a finer solve failed" in capsys.readouterr().out
+    trust = json.loads(Path("untrusted.json").read_text())["estimates"][0]["trust"]
+    assert trust["trusted"] is False
+    assert trust["solver_gap"] is None
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(folder, monkeypatch, capsys):

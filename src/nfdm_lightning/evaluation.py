@@ -29,7 +29,14 @@ from nfdm_lightning.likelihood import ODE, TRUST, Bound, Estimator, ImportanceWe
 from nfdm_lightning.marginals import Consistency, MarginalGap
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.provenance import commit, settings_of, versions
-from nfdm_lightning.report import checkpoint_record, count_parameters, density_name, read_checkpoint, write_report
+from nfdm_lightning.report import (
+    checkpoint_record,
+    count_parameters,
+    density_name,
+    read_checkpoint,
+    training_summary,
+    write_report,
+)
 from nfdm_lightning.sampling import load_model, stored_data
 
 _DESCRIPTION = "Estimate the likelihood of data under a checkpoint."
@@ -277,6 +284,8 @@ def likelihood(
     if guard:
         found = [run.guarded(one, ode, guard) if one.name == "ode" else one for one in found]
     gaps = run.consistency(consistency)
+    stored = read_checkpoint(checkpoint)
+    training = training_summary(stored)
     report = {
         "likelihood": density_name(model),
         "estimates": [one.record() for one in found],
@@ -291,7 +300,8 @@ def likelihood(
         "precision": str(model.dtype).removeprefix("torch."),
         "model": dict(model.hparams),
         "world_size": fabric.world_size,
-        "checkpoint": {**checkpoint_record(checkpoint, read_checkpoint(checkpoint)), "md5_of_weights": run.weights},
+        "checkpoint": {**checkpoint_record(checkpoint, stored), "md5_of_weights": run.weights},
+        "training": training,
         "parameters": count_parameters(model),
         "code": {"commit": commit(), **versions()},
     }
@@ -299,7 +309,8 @@ def likelihood(
         write_report(report, path)
         run.forget()
         print(table(found, gaps))
-        print(f"{samples.number} samples of the {split} split, flip={data.flip} in training data, written to {path}")
+        flip = (training.get("data") or {}).get("flip", "unknown")
+        print(f"{samples.number} samples of the {split} split, model trained with flip={flip}, written to {path}")
     fabric.barrier()
     return report
 
@@ -390,7 +401,8 @@ class _Run:
             try:
                 solver, probe = check_trust(ode, model.reverse, model.decoder, x, places, self.seed, label)
             except NonFiniteError:  # the result itself is there
-                return {"solver": torch.full((len(places),), torch.nan, dtype=torch.float64)}
+                unknown = torch.full((len(places),), torch.nan, dtype=torch.float64)
+                return {"solver": unknown} if ode.exact_trace(model.dimensions) else {"solver": unknown, "probe": unknown}
             return {"solver": solver.double()} | ({"probe": probe.double()} if len(probe) else {})
 
         results = self._evaluate(self._shelf("guard", one.settings), number, evaluate, "guard")

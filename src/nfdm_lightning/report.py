@@ -40,7 +40,7 @@ def build_report(trainer: Trainer, model: NeuralDiffusion, checkpoint: Path, con
     fid = [callback for callback in trainer.callbacks if isinstance(callback, FID)]  # type: ignore[attr-defined]
     data = trainer.datamodule  # type: ignore[attr-defined]
     stored = read_checkpoint(checkpoint)
-    training = _training(stored)
+    training = training_summary(stored)
     if isinstance(data, DataModule) and training.get("data"):
         seen, measured = training["data"], data.record()
         for name in sorted(seen.keys() & measured.keys()):
@@ -107,7 +107,8 @@ def density_name(model: NeuralDiffusion) -> str:
     return f"-log p(x | {', '.join(given)})" if given else "-log p(x)"
 
 
-def _training(stored: dict[str, Any]) -> dict[str, Any]:
+def training_summary(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a checkpoint says of its training, with the throughput; empty where it says nothing."""
     record = training_record(stored)
     seconds = record.get("seconds")
     return {**record, "samples_per_second": record["samples"] / seconds} if seconds else record

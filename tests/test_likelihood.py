@@ -101,6 +101,21 @@ def test_every_estimator_against_a_known_mixture():
     assert exact.mean() < weighted[1] < weighted[0] - 1
 
 
+def test_every_estimator_on_gaussian_images():
+    shape, std = (3, 4, 4), 0.7
+    process = Gaussian(shape, schedule=LinearFlow)
+    reverse = ReverseProcess(process, XPrediction(DataSpec(shape, None, std), Zero), MatchedVolatility())
+    x, index, decoder = std * torch.randn(24, *shape), torch.arange(24), GaussianDecoder()
+    exact = -torch.distributions.Normal(0, std).log_prob(x).flatten(1).sum(1).mean()
+    ode = ODE().evaluate(reverse, decoder, x, index).nats.mean()
+    assert float(ode) == pytest.approx(float(exact), abs=1e-2)  # delta of 0.01 beside 0.7, in 48 dimensions
+    bound = Bound(draws=64).evaluate(reverse, decoder, x, index).nats.mean()
+    assert exact - 0.05 < bound < exact + 0.05 * 48
+    in_steps = Bound(draws=64, discrete_steps=200).evaluate(reverse, decoder, x, index).nats.mean()
+    few, many = (ImportanceWeighted(k, 200).evaluate(reverse, decoder, x, index).nats.mean() for k in (2, 16))
+    assert exact < many < few < in_steps
+
+
 def gaussian_of_ancestral(reverse: ReverseProcess, decoder_std: float, steps: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of x as a one-dimensional model with an affine predictor draws it in so many steps."""
     mean, variance = torch.zeros(1, 1), torch.ones(1, 1)

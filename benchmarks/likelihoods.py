@@ -1,6 +1,6 @@
 """All estimates of the likelihood of trained runs in one table, and the guard on a solve that is too coarse; JSON.
 
-    python benchmarks/likelihoods.py RUN... [--only NAME...] [--number 256] [--guard 32] [--split test] [--out FILE]
+    python benchmarks/likelihoods.py RUN... [--only NAME...] [--number 256] [--guard 32] [--drawn 256] [--out FILE]
     python benchmarks/likelihoods.py --memory [--out FILE]
 
 For run folders of image data. ``bound`` and ``iw`` are of the SDE, ``ode_*`` of the ODE under three dequantisations
@@ -38,14 +38,14 @@ ESTIMATES: dict[str, list[str]] = {
 KEPT = ("bits_per_dim", "bits_per_dim_se", "nfe", "dequantisation", "trust", "seconds")
 
 
-def evaluate(run: Path, only: list[str], number: int, guard: int, split: str) -> dict[str, Any]:
+def evaluate(run: Path, only: list[str], number: int, guard: int, drawn: int, split: str) -> dict[str, Any]:
     """Returns the estimates of a run, and the gaps between the marginals of its SDE and ODE."""
     results: dict[str, Any] = {}
     for name in only:
         settings = ESTIMATES[name]
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "report.json"
-            samples = 256 if name == "bound" else 0
+            samples = drawn if name == "bound" else 0
             args = [
                 f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
                 f"--number={number}",
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(ESTIMATES), default=list(ESTIMATES))
     parser.add_argument("--number", type=int, default=256)
     parser.add_argument("--guard", type=int, default=32)
+    parser.add_argument("--drawn", type=int, default=256, help="samples for the comparison of SDE and ODE")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
@@ -96,7 +97,7 @@ def main() -> None:
         return
     results = {}
     for run in options.runs:
-        results[run.name] = evaluate(run, options.only, options.number, options.guard, options.split)
+        results[run.name] = evaluate(run, options.only, options.number, options.guard, options.drawn, options.split)
         print(f"done: {run.name} {json.dumps(results[run.name])}", file=sys.stderr, flush=True)
     report({"number": options.number, "split": options.split, "runs": results}, options.out)
 

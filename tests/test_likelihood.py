@@ -247,33 +247,33 @@ def test_a_step_of_the_ode_likelihood_against_finite_differences(process, shape)
     assert float(-estimate.nats) == pytest.approx(log_p, rel=1e-6, abs=1e-5)
 
 
-def test_ode_likelihood_of_images_against_zuko():
+def test_ode_likelihood_against_zuko():
     torch.manual_seed(3)
-    shape = (2, 4, 4)
-    process = NFDM(shape, network=small_network)
+    shape = (4,)
+    process = NFDM(shape, network=small_network, delta=0.2)
     perturb(process)
     reverse = any_model(process, shape)
-    x = torch.randn(2, *shape)
-    ours = ODE(trace="exact", rtol=1e-7, atol=1e-7).evaluate(reverse, GaussianDecoder(), x, torch.arange(2))
+    x = torch.randn(1, *shape)
+    ours = ODE(trace="exact", rtol=1e-5, atol=1e-5).evaluate(reverse, GaussianDecoder(), x, torch.arange(1))
 
     def velocity(t: Tensor, flat: Tensor) -> Tensor:
         state = flat.reshape(-1, *shape)
         return reverse.velocity(state, t.expand(len(state))).reshape(flat.shape)
 
     # another implementation of the flow, of its trace and of the solver
-    theirs = FreeFormJacobianTransform(velocity, 0.0, 1.0, phi=reverse.parameters(), atol=1e-7, rtol=1e-7, exact=True)
+    theirs = FreeFormJacobianTransform(velocity, 0.0, 1.0, phi=reverse.parameters(), atol=1e-5, rtol=1e-5, exact=True)
     with torch.enable_grad():
         end, log_det = theirs.call_and_ladj(x.flatten(1).clone().requires_grad_())
     expected = -(process.prior_log_prob(end.view(-1, *shape), None) + log_det).detach()
-    assert torch.allclose(ours.nats, expected, atol=1e-4)
+    assert torch.allclose(ours.nats, expected, atol=1e-3)
 
 
 def test_hutchinson_is_unbiased_and_rademacher_the_less_noisy():
     torch.manual_seed(4)
-    process = NFDM((3,), network=small_network)
+    process = NFDM((3,), network=small_network, delta=0.2)
     perturb(process)
     reverse, x, index = any_model(process, (3,)), torch.randn(3, 3), torch.arange(3)
-    settings = {"rtol": 1e-5, "atol": 1e-5}
+    settings = {"method": "rk4", "steps": 10}
     exact = ODE(trace="exact", **settings).evaluate(reverse, GaussianDecoder(), x, index)
     spread = {}
     for probe in ("rademacher", "gaussian"):
@@ -281,8 +281,8 @@ def test_hutchinson_is_unbiased_and_rademacher_the_less_noisy():
         assert estimate.probes.shape == (60, 3)
         assert torch.allclose(estimate.nats, estimate.probes.mean(0))
         spread[probe] = estimate.probes.std(0)
-        assert ((estimate.nats - exact.nats).abs() < 4 * spread[probe] / 60**0.5 + 1e-4).all()
-    assert (spread["rademacher"] < spread["gaussian"]).all()
+        assert ((estimate.nats - exact.nats).abs() < 5 * spread[probe] / 60**0.5 + 1e-6).all()
+    assert spread["rademacher"].mean() < spread["gaussian"].mean()
     assert exact.probes.numel() == 0
 
 
@@ -390,7 +390,9 @@ def test_the_guard_trips_on_eight_steps_of_euler_and_not_on_a_good_solve():
 
 
 @pytest.mark.parametrize(
-    "estimator", [Bound(3), ImportanceWeighted(2, 4), ODE(trace="hutchinson", draws=2)], ids=lambda e: type(e).__name__
+    "estimator",
+    [Bound(3), ImportanceWeighted(2, 4), ODE(trace="hutchinson", draws=2, method="rk4", steps=4)],
+    ids=lambda e: type(e).__name__,
 )
 def test_estimates_do_not_depend_on_the_batch(estimator):
     process = NFDM((1, 4, 4), network=small_network)
@@ -399,8 +401,7 @@ def test_estimates_do_not_depend_on_the_batch(estimator):
     x = (torch.randint(0, 5, (5, 1, 4, 4)) / 2 - 1).double()
     whole = estimator.evaluate(reverse, decoder, x, torch.arange(5), seed=3)
     parts = [estimator.evaluate(reverse, decoder, x[i : i + 1], torch.tensor([i]), seed=3) for i in (4, 0)]
-    tolerance = 1e-3 if estimator.of == "ODE" else 1e-9
-    assert torch.allclose(whole.nats[[4, 0]], torch.cat([part.nats for part in parts]), atol=tolerance)
+    assert torch.allclose(whole.nats[[4, 0]], torch.cat([part.nats for part in parts]), atol=1e-8)
     assert whole.nfe > 0
     other = estimator.evaluate(reverse, decoder, x, torch.arange(5), seed=4)
     assert not torch.allclose(whole.nats, other.nats, atol=1e-3)

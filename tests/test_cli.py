@@ -406,7 +406,7 @@ def test_a_bridge_is_trained_and_sampled_from_real_sources(capsys):
     assert not np.allclose(np.load("moons/samples.npy"), first)
     assert {file.name for file in Path("moons").iterdir()} == {"samples.npy", "samples.png", "trajectories.png"}
     (Path("runs/toy2d_bridge") / "config.yaml").unlink()
-    assert "Bridge is a bridge: give the data to start from with --source=" in error(["sample", *few], capsys)
+    assert "to say what data it is of: give them with --source=" in error(["sample", *few], capsys)
     assert "there is no 'Nothing'" in error(["sample", *few, "--source=Nothing"], capsys)
 
 

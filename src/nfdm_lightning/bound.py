@@ -12,6 +12,7 @@ terms are given the source, and the bound is on -log p(x | source); given labels
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -161,6 +162,17 @@ def indexed_draws(
     return Draws(placed, eps, eps_0, weight)
 
 
+def averaged(bound: Callable[[Draws], BoundTerms], draws: Iterable[Draws]) -> dict[str, Tensor]:
+    """Returns the mean of each term over several draws of the bound of the same samples, (B,) in nats, by name."""
+    total: dict[str, Tensor] = {}
+    count = 0
+    for one in draws:
+        count += 1
+        for name, value in bound(one).named().items():
+            total[name] = total[name] + value if name in total else value
+    return {name: value / count for name, value in total.items()}
+
+
 def variational_bound(
     reverse: ReverseProcess,
     decoder: Decoder,
@@ -182,7 +194,7 @@ def variational_bound(
     target, source = reverse.process.split(x)
     reverse = reverse.given(source, label)
     process = reverse.process
-    alpha, sigma = (value[0] for value in process.reference(x.new_zeros(1)))
+    alpha, sigma = process.reference_at_data(x)
     t = draws.t
     weight = torch.ones_like(t) if draws.weight is None else draws.weight
     if discrete_steps is None:

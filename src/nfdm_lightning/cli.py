@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,17 @@ from nfdm_lightning.callbacks import (
 )
 from nfdm_lightning.data import DataModule
 from nfdm_lightning.errors import CheckpointError, ConfigError, DataError, NfdmError
-from nfdm_lightning.evaluation import add_likelihood_subcommand, run_likelihood
+from nfdm_lightning.evaluation import likelihood, likelihood_parser
 from nfdm_lightning.module import NeuralDiffusion
 from nfdm_lightning.report import build_report, report_path, write_report
-from nfdm_lightning.sampling import add_sample_subcommand, run_sample
+from nfdm_lightning.sampling import sample, sample_parser
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_SIGINT, EXIT_SIGTERM = 1, 2, 130, 143
 CHECKPOINTS = "checkpoints"
-_COMMANDS = {"sample": run_sample, "likelihood": run_likelihood}
-_LINKED = ("shape", "levels", "data_std", "num_classes")  # what the model takes from the data
+_COMMANDS: dict[str, tuple[Callable[..., cli_errors.Parser], Callable[..., Any]]] = {  # besides LightningCLI's
+    "sample": (sample_parser, sample),
+    "likelihood": (likelihood_parser, likelihood),
+}
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
@@ -92,13 +95,14 @@ class NfdmCLI(LightningCLI):
         parser.add_lightning_class_args(TrainingRecord, "training_record")
         parser.add_lightning_class_args(StopBetweenSteps, "stop")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
-        for name in _LINKED:
+        for name in cli_errors.LINKED:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
     def _add_subcommands(self, parser: Any, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        add_sample_subcommand(parser)
-        add_likelihood_subcommand(parser)
+        for name, (build, _) in _COMMANDS.items():
+            subparser = build()
+            parser._subcommands_action.add_subcommand(name, subparser, help=subparser.description)
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         assert isinstance(args, list)
@@ -227,13 +231,15 @@ def checkpoint_hyper_parameters(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a readable checkpoint ({reason}); give another with --ckpt_path") from None
     if not isinstance(checkpoint, dict) or "hyper_parameters" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint of a NeuralDiffusion: it has no hyper-parameters")
-    known = (*_LINKED, "_instantiator")
+    known = (*cli_errors.LINKED, "_instantiator")
     return {name: value for name, value in checkpoint["hyper_parameters"].items() if name not in known}
 
 
 def _run(args: list[str]) -> None:
     if args and args[0] in _COMMANDS:
-        _COMMANDS[args[0]](args[1:])
+        build, function = _COMMANDS[args[0]]
+        own = build(prog=f"lightning {args[0]}")
+        function(**own.instantiate(own.parse_args(args[1:])).as_dict())
     else:
         NfdmCLI(args)
 

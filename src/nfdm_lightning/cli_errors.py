@@ -45,7 +45,8 @@ _BASES: dict[str, type] = {
     "target": DataModule,
     "source": DataModule,
 }
-_LINKED = {"model.shape", "model.levels", "model.data_std", "model.num_classes"}  # filled in from the data
+LINKED = ("shape", "levels", "data_std", "num_classes")
+"""What the model takes from the data."""
 _OF_THE_PARSER = {"help", "config", "print_config", "print_shtab"}
 _NAMED: dict[str, Sequence[str]] = {
     "network": networks.__all__,
@@ -110,7 +111,9 @@ class Parser(LightningArgumentParser):
     def _unknown_key(self, key: str) -> str:
         action = self._subcommands_action
         parser = next(iter(action._name_parser_map.values())) if action else self
-        accepted = {option.dest for option in parser._actions if isinstance(option.dest, str)} - _LINKED
+        accepted = {option.dest for option in parser._actions if isinstance(option.dest, str)} - {
+            f"model.{name}" for name in LINKED
+        }
         parts = key.split(".")
         for depth in range(len(parts)):
             prefix = "".join(f"{part}." for part in parts[:depth])
@@ -145,7 +148,7 @@ def own_error(error: BaseException) -> BaseException:
     """Returns the error of this package that an error was made of, as the parser does where it builds a part; or itself."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, NfdmError):
-        found = found.__cause__ or found.__context__
+        found = found.__cause__
     return error if found is None else found
 
 

@@ -52,12 +52,6 @@ class Dequantisation(abc.ABC):
         """
 
 
-def ends_at_data(reverse: ReverseProcess, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (alpha, sigma) of the reference path at t = 0, scalars."""
-    alpha, sigma = reverse.process.reference(x.new_zeros(1))
-    return alpha[0], sigma[0]
-
-
 class WithDecoder(Dequantisation):
     r"""The model's own start: q(z_0 | x) of the forward process and p(x | z_0) of the decoder.
 
@@ -76,7 +70,7 @@ class WithDecoder(Dequantisation):
         eps = standard_normal(tuple(target.shape), x.dtype, generators).to(x.device)
         z = process.start(eps, x)
         log_q = process.log_prob(z, x.new_zeros(len(x)), x)
-        return z, decoder.log_prob(target, z, *ends_at_data(reverse, x)) - log_q
+        return z, decoder.log_prob(target, z, *process.reference_at_data(x)) - log_q
 
 
 class Density(Dequantisation):
@@ -93,7 +87,7 @@ class Density(Dequantisation):
                 "TruncatedNormal"
             )
         target = reverse.process.split(x)[0]
-        alpha, _ = ends_at_data(reverse, x)
+        alpha, _ = reverse.process.reference_at_data(x)
         return alpha * target, (target[0].numel() * alpha.log()).expand(len(x))
 
 
@@ -106,7 +100,7 @@ class _InBin(Dequantisation):
         if not isinstance(decoder, DiscreteDecoder):
             raise ConfigError(f"{type(self).__name__} is for discrete data, but these are continuous: choose Density")
         target = reverse.process.split(x)[0]
-        alpha, sigma = ends_at_data(reverse, x)
+        alpha, sigma = reverse.process.reference_at_data(x)
         shape = target.shape[1:]
         # in float64: the inverse of a distribution function near its ends
         quantiles = torch.stack([torch.rand(shape, generator=own, dtype=torch.float64) for own in generators])
@@ -141,8 +135,7 @@ class Uniform(_InBin):
 class TruncatedNormal(_InBin):
     r"""Normal noise cut off at the ends of the bin, by default as wide as that of the forward process at t = 0.
 
-    Its latents are those of training, but for the cut. (arXiv 2305.03935, section 3.2, derives it for variance preserving
-    paths.)
+    Its latents are those of training, but for the cut. (arXiv 2305.03935 introduces it, for diffusion ODEs.)
 
     Args:
         std: standard deviation before the cut, in data units; None takes the process's, sigma_0 / alpha_0.

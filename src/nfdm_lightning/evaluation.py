@@ -446,7 +446,7 @@ def table(found: list[Measurement], gaps: list[MarginalGap]) -> str:
             )
         )
         if one.trust is not None and not one.trust.trusted:
-            notes.append(f"UNTRUSTED {one.name}: {'; '.join(one.trust.reasons)} (on {one.trust.samples} samples)")
+            notes.append(f"UNTRUSTED {one.name}: {'; '.join(one.trust.reasons)}")
         elif one.trust is not None:
             notes.append(f"{one.name}: a finer solve differs by {one.trust.solver_gap:+.4f} bits/dim: trusted")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -470,15 +470,3 @@ def likelihood_parser(**kwargs: Any) -> Parser:
     parser.add_class_arguments(Consistency, "consistency")
     parser.add_function_arguments(likelihood, skip={"bound", "iw", "ode", "consistency"}, fail_untyped=True)
     return parser
-
-
-def add_likelihood_subcommand(parser: Any) -> None:
-    """Lists the subcommand in the main parser's help."""
-    parser._subcommands_action.add_subcommand("likelihood", likelihood_parser(), help=_DESCRIPTION)
-
-
-def run_likelihood(args: list[str]) -> None:
-    """Runs ``lightning likelihood`` with the arguments after the subcommand."""
-    parser = likelihood_parser(prog="lightning likelihood")
-    config = parser.instantiate(parser.parse_args(args))
-    likelihood(**config.as_dict())

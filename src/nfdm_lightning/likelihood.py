@@ -23,9 +23,9 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from nfdm_lightning.bound import BoundTerms, bits_per_dim, indexed_draws, variational_bound
+from nfdm_lightning.bound import BoundTerms, Draws, averaged, bits_per_dim, indexed_draws, variational_bound
 from nfdm_lightning.decoder import Decoder, DiscreteDecoder
-from nfdm_lightning.dequantisation import Density, Dequantisation, WithDecoder, ends_at_data, log_mean_exp
+from nfdm_lightning.dequantisation import Density, Dequantisation, WithDecoder, log_mean_exp
 from nfdm_lightning.errors import ConfigError, NonFiniteError
 from nfdm_lightning.processes.base import sum_event
 from nfdm_lightning.reverse import ReverseProcess
@@ -47,7 +47,8 @@ class Estimate:
     Attributes:
         nats: (B,).
         nfe: evaluations of the predictor per sample, all counted.
-        parts: what it is made of, each (B,) in nats, by name.
+        parts: what else is known of it, each (B,) in nats, by name: the terms of the bound, the mean over single paths, or
+            minus log p(z_1).
         probes: for a stochastic trace, the estimates of the single probes, (P, B) in nats; else empty, (0, B).
     """
 
@@ -120,11 +121,11 @@ class Bound(Estimator):
         self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0, label: Tensor | None = None
     ) -> Estimate:
         target = reverse.process.split(x)[0]
-        every: list[BoundTerms] = []
-        for draw in range(self.draws):
-            draws = indexed_draws(target, index, draw, self.draws, seed)
-            every.append(variational_bound(reverse, decoder, x, draws, self.discrete_steps, label))
-        parts = {name: torch.stack([terms.named()[name] for terms in every]).mean(0) for name in every[0].named()}
+
+        def bound(numbers: Draws) -> BoundTerms:
+            return variational_bound(reverse, decoder, x, numbers, self.discrete_steps, label)
+
+        parts = averaged(bound, (indexed_draws(target, index, draw, self.draws, seed) for draw in range(self.draws)))
         return Estimate(torch.stack(list(parts.values())).sum(0), self.draws, parts)
 
 
@@ -171,15 +172,16 @@ class ImportanceWeighted(Estimator):
         one = x.new_ones(len(x))
         z = process.transform(noise[0], one, x)
         log_w = process.prior_log_prob(z, source) - process.log_prob(z, one, x)
+        g2_t = reverse.g2(one)
         for (t, s), eps in zip(itertools.pairwise(times), noise[1:], strict=True):
             t, s = t.expand(len(x)), s.expand(len(x))
-            g2_t, g2_s = reverse.g2(t), reverse.g2(s)
+            g2_s = reverse.g2(s)
             mean, std = process.transition_moments(z, t, s, x, g2_t, g2_s)
             mean_hat, std_hat = process.transition_moments(z, t, s, reverse.x_hat(z, t), g2_t, g2_s)
             z = mean + std * eps
             log_ratio = 0.5 * eps**2 - 0.5 * ((z - mean_hat) / std_hat) ** 2 + (std / std_hat).log()
-            log_w = log_w + sum_event(log_ratio)
-        return log_w + decoder.log_prob(target, z, *ends_at_data(reverse, x))
+            log_w, g2_t = log_w + sum_event(log_ratio), g2_s
+        return log_w + decoder.log_prob(target, z, *process.reference_at_data(x))
 
 
 class ODE(Estimator):
@@ -328,9 +330,8 @@ class ODE(Estimator):
         times = torch.tensor([0.0, 1.0], dtype=torch.float64).to(z)
         try:
             if self.steps is None:
-                end = odeint(rate, begin, times, rtol=self.rtol, atol=self.atol, method=self.method, options={"norm": norm})[
-                    1
-                ]
+                tolerances = {"rtol": self.rtol, "atol": self.atol}
+                end = odeint(rate, begin, times, method=self.method, options={"norm": norm}, **tolerances)[1]
             else:
                 end = odeint(rate, begin, times, method=self.method, options={"step_size": (1 + 1e-6) / self.steps})[1]
         except AssertionError as error:  # torchdiffeq's, where a step becomes too small for the precision

@@ -423,8 +423,8 @@ class NeuralDiffusion(LightningModule):
         with reverse.full_precision(z.device):
             solution = (solver or Ancestral()).solve(reverse, z, generator, trajectory)
         solution = replace(solution, nfe=solution.nfe * reverse.evaluations)
-        alpha, _ = self.reverse.process.reference(z.new_zeros(1))
-        return self.decoder.mode(solution.z, alpha[0]), solution
+        alpha, _ = self.reverse.process.reference_at_data(z)
+        return self.decoder.mode(solution.z, alpha), solution
 
     def labels_in_turn(self, number: int, classes: Sequence[int] | None = None) -> Tensor | None:
         """Returns labels for samples, (number,): the classes in turn, all unless given; None if the model has no classes."""

@@ -32,13 +32,18 @@ def _git(folder: Path, *command: str) -> str:
 
 
 def settings_of(part: object) -> dict[str, Any]:
-    """Returns the settings of a solver or estimator as plain data: its attributes, and those of the parts in it by class."""
+    """Returns the settings of a solver or estimator as plain data: its attributes, and those of this package's parts in it.
+
+    Of anything else it holds, such as a tensor, only the class is named.
+    """
     found: dict[str, Any] = {}
     for name, value in vars(part).items():
-        if value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)):
+        if value is None or isinstance(value, (bool, int, float, str)):
             found[name] = value
-        else:
+        elif type(value).__module__.startswith(f"{__package__}."):
             found[name] = {"class": type(value).__name__, **settings_of(value)}
+        else:
+            found[name] = {"class": type(value).__name__}
     return found
 
 

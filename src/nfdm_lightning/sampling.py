@@ -155,15 +155,3 @@ def sample_parser(**kwargs: Any) -> Parser:
     parser.add_function_arguments(sample, fail_untyped=True)
     parser.set_defaults({"solver": {"class_path": "nfdm_lightning.solvers.Ancestral"}})
     return parser
-
-
-def add_sample_subcommand(parser: Any) -> None:
-    """Lists the subcommand in the main parser's help."""
-    parser._subcommands_action.add_subcommand("sample", sample_parser(), help=_DESCRIPTION)
-
-
-def run_sample(args: list[str]) -> None:
-    """Runs ``lightning sample`` with the arguments after the subcommand."""
-    parser = sample_parser(prog="lightning sample")
-    config = parser.instantiate(parser.parse_args(args))
-    sample(**config.as_dict())

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
-from nfdm_lightning.bound import bits_per_dim, indexed_draws
+from nfdm_lightning.bound import averaged, bits_per_dim, indexed_draws
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.labels import Batch
 from nfdm_lightning.module import NeuralDiffusion
@@ -86,14 +86,10 @@ class NLL(Callback):
         place = self._seen + torch.arange(len(target))
         index = trainer.global_rank + trainer.world_size * place
         self._seen += len(target)
-        sums: dict[str, Tensor] = {}
-        for draw in range(draws):
-            times = pl_module.times if self.importance else None
-            numbers = indexed_draws(target, index, draw, draws, self.seed, self.antithetic, times)
-            terms = pl_module.bound(batch, numbers)
-            for name, values in {"nats": terms.nats, **terms.named()}.items():
-                sums[name] = sums.get(name, torch.zeros_like(values)) + values / draws
-        for name, values in sums.items():
+        times = pl_module.times if self.importance else None
+        numbers = (indexed_draws(target, index, draw, draws, self.seed, self.antithetic, times) for draw in range(draws))
+        terms = averaged(lambda one: pl_module.bound(batch, one), numbers)
+        for name, values in {"nats": torch.stack(list(terms.values())).sum(0), **terms}.items():
             self._metrics[name].update(values)
 
     def _log(self, pl_module: LightningModule, stage: str) -> None:

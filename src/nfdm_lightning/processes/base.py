@@ -242,6 +242,11 @@ class ForwardProcess(Conditioned, abc.ABC):
         """
         return 1 - t, self.delta ** (1 - t)
 
+    def reference_at_data(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (alpha, sigma) of the reference path at t = 0, scalars of the type and device of ``like``."""
+        alpha, sigma = self.reference(like.new_zeros(1))
+        return alpha[0], sigma[0]
+
     def reference_log_ratio(self, t: Tensor) -> Tensor:
         r"""Returns :math:`\log(\sigma / \alpha)` of the reference path, half of gamma, (B,).
 

@@ -1,0 +1,582 @@
+r"""A function of time and its time derivative in one pass, at the price of two evaluations.
+
+Forward-mode autodiff gives :math:`\partial_t f`, but torch's own differentiates norms and activations by many small steps,
+each of which the gradient then differentiates again. Here the pair (value, tangent) runs through the network as one object,
+:class:`Dual`, whose rules are written by hand where that pays: linear maps are applied to both, and activations, norms and
+attention have fused kernels for the tangent and for its gradient. Any function without a rule is differentiated by
+``torch.func.jvp`` alone, so networks need not know of it.
+
+The gradient of activations and GroupNorm is written out once (:class:`_Activation`, :class:`_GroupNorm`); all else is
+differentiated by autograd as usual.
+"""
+
+import contextvars
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+_aten = torch.ops.aten
+
+
+class UnsupportedError(Exception):
+    """An operation that a Dual cannot follow: whoever meets it differentiates the whole function in another way."""
+
+
+class NestedError(UnsupportedError):
+    """A derivative within a derivative, whose tangents a Dual cannot tell apart."""
+
+
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside", default=False)
+
+
+def refuse_nesting() -> None:
+    """Raises NestedError inside a function that :func:`value_and_tangent` evaluates."""
+    if _inside.get():
+        raise NestedError
+
+
+class Dual(Tensor):
+    """A tensor with its derivative in time, passed through networks in the place of a tensor.
+
+    Attributes:
+        primal: the value.
+        tangent: its derivative, of the same shape.
+    """
+
+    primal: Tensor
+    tangent: Tensor
+
+    @staticmethod
+    def __new__(cls, primal: Tensor, tangent: Tensor) -> "Dual":
+        made: Dual = Tensor._make_wrapper_subclass(cls, primal.shape, dtype=primal.dtype, device=primal.device)
+        made.primal, made.tangent = primal, tangent
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            rule = _RULES.get(func)
+            return _by_autodiff(func, *args, **kwargs) if rule is None else rule(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        raise UnsupportedError(f"{func} bypasses the rules of Dual")
+
+
+def value_and_tangent(function: Callable[[Tensor], Any], t: Tensor) -> tuple[Any, Any]:
+    """Returns function(t) and its derivative in direction 1, of tensors or nested tuples of them.
+
+    Raises:
+        UnsupportedError: the function does something that cannot be followed, such as writing into a tensor.
+    """
+    token = _inside.set(True)
+    try:
+        result = function(Dual(t, torch.ones_like(t)))
+    finally:
+        _inside.reset(token)
+    return tree_map(_value, result), tree_map(_tangent, result)
+
+
+def _value(tensor: Any) -> Any:
+    return tensor.primal if isinstance(tensor, Dual) else tensor
+
+
+def _tangent(tensor: Any) -> Any:
+    return tensor.tangent if isinstance(tensor, Dual) else torch.zeros_like(tensor)
+
+
+# What has no rule
+
+
+def _by_autodiff(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    name = getattr(func, "__name__", str(func))
+    in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name in _IN_PLACE
+    if in_place or kwargs.get("out") is not None:
+        raise UnsupportedError(f"{name} writes into a tensor")
+    leaves, structure = tree_flatten((args, kwargs))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Dual)]
+
+    def call(*primals: Tensor) -> Any:
+        filled = list(leaves)
+        for place, primal in zip(places, primals, strict=True):
+            filled[place] = primal
+        called_args, called_kwargs = tree_unflatten(filled, structure)
+        return func(*called_args, **called_kwargs)
+
+    primals = tuple(leaves[place].primal for place in places)
+    if name == "__get__" or name in _OF_THE_VALUE:
+        return call(*primals)
+    if not all(primal.is_floating_point() for primal in primals):
+        raise UnsupportedError(f"{name} of something without a derivative")
+    try:
+        values, tangents = torch.func.jvp(call, primals, tuple(leaves[place].tangent for place in places))[:2]
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedError(f"{name}: {error}") from None
+    return tree_map(lambda value, tangent: Dual(value, tangent) if value.is_floating_point() else value, values, tangents)
+
+
+_IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__imatmul__"}
+# no derivative, or that of a constant: they see the value alone
+_OF_THE_VALUE = {
+    *("size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex", "is_contiguous"),
+    *("element_size", "get_device", "__len__", "__hash__", "__repr__", "type", "is_tensor", "is_same_size"),
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "result_type"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+    *("__gt__", "__lt__", "__ge__", "__le__", "__eq__", "__ne__", "gt", "lt", "ge", "le", "eq", "ne"),
+    *("isfinite", "isnan", "isinf", "argmax", "argmin", "detach", "__bool__", "equal", "allclose"),
+}
+
+
+# Linear maps
+
+
+def _both(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of a map that is linear in its first argument, the only Dual among them, and has no constant."""
+
+    @functools.wraps(func)
+    def rule(first: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(first, Dual) or any(isinstance(other, Dual) for other in (*args, *kwargs.values())):
+            return _by_autodiff(func, first, *args, **kwargs)
+        values, tangents = func(first.primal, *args, **kwargs), func(first.tangent, *args, **kwargs)
+        if isinstance(values, Tensor):
+            return Dual(values, tangents)
+        return tuple(Dual(value, tangent) for value, tangent in zip(values, tangents, strict=True))
+
+    return rule
+
+
+def _joined(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of cat and stack: linear in a sequence of tensors, Dual or not."""
+
+    @functools.wraps(func)
+    def rule(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("out") is not None:
+            raise UnsupportedError("out= writes into a tensor")
+        tangents = [_tangent(tensor) for tensor in tensors]
+        return Dual(func([_value(tensor) for tensor in tensors], *args, **kwargs), func(tangents, *args, **kwargs))
+
+    return rule
+
+
+def _affine(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of layers func(input, weight, bias, ...) with a constant weight: the bias belongs to the value alone."""
+
+    @functools.wraps(func)
+    def rule(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(input, Dual) or isinstance(weight, Dual) or isinstance(bias, Dual):
+            return _by_autodiff(func, input, weight, bias, *args, **kwargs)
+        value = func(input.primal, weight, bias, *args, **kwargs)
+        return Dual(value, func(input.tangent, weight, None, *args, **kwargs))
+
+    return rule
+
+
+# Sums and products
+
+
+def _add(a: Any, b: Any, *, alpha: float = 1) -> Any:
+    value = torch.add(_value(a), _value(b), alpha=alpha)
+    if isinstance(a, Dual) and isinstance(b, Dual):
+        return Dual(value, torch.add(a.tangent, b.tangent, alpha=alpha))
+    tangent = a.tangent if isinstance(a, Dual) else b.tangent if alpha == 1 else alpha * b.tangent
+    return Dual(value, tangent.to(value.dtype).expand_as(value))
+
+
+def _sub(a: Any, b: Any, *, alpha: float = 1) -> Any:
+    if isinstance(a, (int, float)):  # torch.sub takes no number in front
+        return Dual(a - b.primal if alpha == 1 else a - alpha * b.primal, -alpha * b.tangent)
+    return _add(a, b, alpha=-alpha)
+
+
+def _rsub(a: Any, b: Any, *, alpha: float = 1) -> Any:
+    return _sub(b, a, alpha=alpha)
+
+
+def _mul(a: Any, b: Any) -> Any:
+    value = torch.mul(_value(a), _value(b))
+    if isinstance(a, Dual) and isinstance(b, Dual):
+        return Dual(value, torch.addcmul(a.tangent * b.primal, a.primal, b.tangent))
+    return Dual(value, a.tangent * b if isinstance(a, Dual) else a * b.tangent)
+
+
+def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None:
+        raise UnsupportedError("a division that rounds")
+    if not isinstance(b, Dual):
+        return Dual(a.primal / b, a.tangent / b)
+    value = _value(a) / b.primal
+    numerator = a.tangent - value * b.tangent if isinstance(a, Dual) else -value * b.tangent
+    return Dual(value, numerator / b.primal)
+
+
+def _rdiv(a: Any, b: Any) -> Any:
+    return _div(b, a)
+
+
+def _matmul(a: Any, b: Any) -> Any:
+    value = torch.matmul(_value(a), _value(b))
+    terms = []
+    if isinstance(a, Dual):
+        terms.append(torch.matmul(a.tangent, _value(b)))
+    if isinstance(b, Dual):
+        terms.append(torch.matmul(_value(a), b.tangent))
+    return Dual(value, terms[0] if len(terms) == 1 else terms[0] + terms[1])
+
+
+def _rmatmul(a: Any, b: Any) -> Any:
+    return _matmul(b, a)
+
+
+# Functions of one number
+
+
+def _elementwise(func: Callable[..., Any], slope: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    """The rule of y = func(x) with dy/dx = slope(x, y)."""
+
+    @functools.wraps(func)
+    def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return _by_autodiff(func, x, *args, **kwargs)
+        y = func(x.primal)
+        return Dual(y, slope(x.primal, y) * x.tangent)
+
+    return rule
+
+
+def _pow(x: Any, exponent: Any) -> Any:
+    if isinstance(x, Dual) and isinstance(exponent, (int, float)):
+        if exponent == 2:
+            return Dual(x.primal.square(), 2 * x.primal * x.tangent)
+        return Dual(x.primal**exponent, exponent * x.primal ** (exponent - 1) * x.tangent)
+    return _by_autodiff(torch.pow, x, exponent)
+
+
+class _Activation(torch.autograd.Function):
+    r"""An activation a with its tangent, (a(x), a'(x) x'); the gradient in x is :math:`a' g + a''\, x' g'`.
+
+    ``scaled_slope(v, x)`` returns a'(x) v by torch's own fused kernel, and ``curvature(x)`` a''(x).
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        tangent: Tensor,
+        activation: Callable[[Tensor], Tensor],
+        scaled_slope: Callable[[Tensor, Tensor], Tensor],
+        curvature: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        return activation(x), scaled_slope(tangent, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, tangent, ctx.activation, ctx.scaled_slope, ctx.curvature = inputs
+        ctx.save_for_backward(x, tangent)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_tangent: Tensor) -> tuple[Any, ...]:
+        x, tangent = ctx.saved_tensors
+        wanted, wanted_tangent = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # for a second gradient, which the kernels have not
+            found = _backward_again(ctx, ctx.activation(x), ctx.activation, (x, tangent), (grad, grad_tangent))
+            return *found, None, None, None
+        in_x = torch.addcmul(ctx.scaled_slope(grad, x), ctx.curvature(x), tangent * grad_tangent) if wanted else None
+        in_tangent = ctx.scaled_slope(grad_tangent, x) if wanted_tangent else None
+        return in_x, in_tangent, None, None, None
+
+
+def _backward_again(
+    ctx: Any,
+    value: Tensor,
+    function: Callable[[Tensor], Tensor],
+    inputs: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, Tensor | None],
+) -> list[Tensor | None]:
+    """Returns the gradients in x, its tangent, and other inputs, by a graph that has gradients of its own.
+
+    Args:
+        ctx: of the backward pass.
+        value: the function of time's value, with its graph.
+        function: what the tangent goes through, at x.
+        inputs: x, its tangent, and what else the value depends on.
+        grads: of the value and of the tangent.
+    """
+    x, tangent = inputs[:2]
+    moved = torch.func.jvp(function, (x,), (tangent,))[1]
+    wanted = [place for place in range(len(inputs)) if ctx.needs_input_grad[place]]
+    outputs, given = zip(*(pair for pair in zip((value, moved), grads, strict=True) if pair[1] is not None), strict=True)
+    chosen = [tensor for place, tensor in enumerate(inputs) if place in wanted and tensor is not None]
+    found = torch.autograd.grad(outputs, chosen, given, create_graph=True, allow_unused=True)
+    return [found[wanted.index(place)] if place in wanted else None for place in range(len(inputs))]
+
+
+def _silu_slope(v: Tensor, x: Tensor) -> Tensor:
+    return _aten.silu_backward(v, x)
+
+
+def _silu_curvature(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    slope = s * (1 - s)
+    return torch.addcmul(2 * slope, slope * x, 1 - 2 * s)
+
+
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+
+
+def _elu_slope(v: Tensor, x: Tensor, alpha: float, scale: float) -> Tensor:
+    return _aten.elu_backward(v, alpha, scale, 1.0, False, x)
+
+
+def _elu_curvature(x: Tensor, alpha: float, scale: float) -> Tensor:
+    return torch.where(x > 0, 0.0, x.clamp_max(0).exp() * (alpha * scale))
+
+
+def _gelu_slope(v: Tensor, x: Tensor, approximate: str) -> Tensor:
+    return _aten.gelu_backward(v, x, approximate=approximate)
+
+
+def _gelu_curvature(x: Tensor, approximate: str) -> Tensor:
+    if approximate == "none":  # a' = Phi + x phi, a'' = (2 - x^2) phi
+        return (2 - x.square()) * torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
+    c = math.sqrt(2 / math.pi)
+    tanh = torch.tanh(c * (x + 0.044715 * x**3))
+    inner, bend = c * (1 + 3 * 0.044715 * x.square()), c * 6 * 0.044715 * x
+    return (1 - tanh.square()) * (inner + 0.5 * x * bend - x * tanh * inner.square())
+
+
+def _softplus_slope(v: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    return _aten.softplus_backward(v, x, beta, threshold)
+
+
+def _softplus_curvature(x: Tensor, beta: float, threshold: float) -> Tensor:
+    s = torch.sigmoid(beta * x)
+    return torch.where(beta * x > threshold, 0.0, beta * s * (1 - s))
+
+
+def _activate(
+    x: Any,
+    activation: Callable[[Tensor], Tensor],
+    slope: Callable[[Tensor, Tensor], Tensor],
+    curvature: Callable[[Tensor], Tensor],
+) -> Any:
+    return Dual(*_Activation.apply(x.primal, x.tangent, activation, slope, curvature))
+
+
+def _silu(input: Any, inplace: bool = False) -> Any:
+    if inplace:
+        raise UnsupportedError("silu in place")
+    return _activate(input, functional.silu, _silu_slope, _silu_curvature)
+
+
+def _selu(input: Any, inplace: bool = False) -> Any:
+    if inplace:
+        raise UnsupportedError("selu in place")
+    slope = functools.partial(_elu_slope, alpha=_SELU_ALPHA, scale=_SELU_SCALE)
+    return _activate(input, functional.selu, slope, functools.partial(_elu_curvature, alpha=_SELU_ALPHA, scale=_SELU_SCALE))
+
+
+def _elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Any:
+    if inplace:
+        raise UnsupportedError("elu in place")
+    return _activate(
+        input,
+        functools.partial(functional.elu, alpha=alpha),
+        functools.partial(_elu_slope, alpha=alpha, scale=1.0),
+        functools.partial(_elu_curvature, alpha=alpha, scale=1.0),
+    )
+
+
+def _gelu(input: Any, approximate: str = "none") -> Any:
+    return _activate(
+        input,
+        functools.partial(functional.gelu, approximate=approximate),
+        functools.partial(_gelu_slope, approximate=approximate),
+        functools.partial(_gelu_curvature, approximate=approximate),
+    )
+
+
+def _softplus(input: Any, beta: float = 1, threshold: float = 20) -> Any:
+    return _activate(
+        input,
+        functools.partial(functional.softplus, beta=beta, threshold=threshold),
+        functools.partial(_softplus_slope, beta=beta, threshold=threshold),
+        functools.partial(_softplus_curvature, beta=beta, threshold=threshold),
+    )
+
+
+# Norms and attention
+
+
+class _GroupNorm(torch.autograd.Function):
+    r"""GroupNorm with its tangent, before the affine map of the tangent.
+
+    With n entries in a group, :math:`\hat x = (x - \mu) r` and the symmetric Jacobian
+    :math:`J = r\,(1 - \tfrac1n 1 1^\top - \tfrac1n \hat x \hat x^\top)`, the tangent is :math:`w\,J x'`: what torch's fused
+    backward kernel computes of x'. For a gradient u of :math:`J x'`, with :math:`b = u \cdot \hat x`,
+    :math:`c = \hat x \cdot x' / n`,
+
+    .. math:: \nabla_{x'} = J u, \qquad
+        \nabla_x = -\frac rn \big[\hat x\,(u \cdot J x') + b\,J x'\big] - r c\,J u
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, tangent: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sizes = _group_sizes(x)
+        y, mean, rstd = _aten.native_group_norm(x, weight, bias, *sizes, groups, eps)
+        return y, _jacobian(tangent, x, mean, rstd, None, sizes, groups), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, tangent, weight, bias, ctx.groups, ctx.eps = inputs
+        _, moved, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, tangent, weight, bias, moved, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, u: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        x, tangent, weight, bias, moved, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second gradient: mean and rstd are constants here
+            y = functional.group_norm(x, ctx.groups, weight, bias, ctx.eps)
+            again = functools.partial(functional.group_norm, num_groups=ctx.groups, eps=ctx.eps)
+            return *_backward_again(ctx, y, again, (x, tangent, weight, bias), (grad, u)), None, None
+        sizes = _group_sizes(x)
+        in_x = in_tangent = in_weight = in_bias = None
+        if grad is not None:
+            mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+            in_x, in_weight, in_bias = _aten.native_group_norm_backward(
+                grad.contiguous(), x, mean, rstd, weight, *sizes, ctx.groups, mask
+            )
+        if u is not None:
+            in_tangent = _jacobian(u, x, mean, rstd, None, sizes, ctx.groups)
+            if ctx.needs_input_grad[0]:
+                more = _group_norm_curvature(x, tangent, u, moved, in_tangent, mean, rstd, ctx.groups)
+                in_x = more if in_x is None else in_x + more
+        return in_x, in_tangent, in_weight, in_bias, None, None
+
+
+def _group_sizes(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def _jacobian(
+    v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, sizes: tuple[int, int, int], groups: int
+) -> Tensor:
+    moved: Tensor = _aten.native_group_norm_backward(
+        v.contiguous(), x, mean, rstd, weight, *sizes, groups, [True, False, False]
+    )[0]
+    return moved
+
+
+def _group_norm_curvature(
+    x: Tensor, tangent: Tensor, u: Tensor, moved: Tensor, moved_u: Tensor, mean: Tensor, rstd: Tensor, groups: int
+) -> Tensor:
+    """Returns the gradient in x of u . J(x) x'."""
+    shape = (len(x), groups, -1)
+    x_, tangent_, u_, moved_, moved_u_ = (tensor.reshape(shape) for tensor in (x, tangent, u, moved, moved_u))
+    r, count = rstd.reshape(len(x), groups, 1), x_.shape[2]
+    normed = (x_ - mean.reshape(len(x), groups, 1)) * r
+    phi, b, c = _dot(u_, moved_), _dot(u_, normed), _dot(normed, tangent_)
+    result = torch.addcmul(normed * (-r / count * phi), moved_, -r / count * b)
+    return torch.addcmul(result, moved_u_, -r / count * c).reshape(x.shape)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the inner products over the last dimension, kept."""
+    return torch.matmul(a[..., None, :], b[..., :, None])[..., 0]
+
+
+def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
+    if not isinstance(input, Dual) or isinstance(weight, Dual) or isinstance(bias, Dual):
+        raise UnsupportedError("group_norm with weights that depend on time")
+    y, moved = _GroupNorm.apply(input.primal.contiguous(), input.tangent.contiguous(), weight, bias, num_groups, eps)[:2]
+    if weight is not None:
+        moved = moved * weight.reshape(1, -1, *([1] * (moved.ndim - 2)))
+    return Dual(y, moved)
+
+
+def _attention(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
+) -> Any:
+    if attn_mask is not None or dropout_p or is_causal or kwargs.get("enable_gqa"):
+        return _by_autodiff(
+            functional.scaled_dot_product_attention, query, key, value, attn_mask, dropout_p, is_causal, **kwargs
+        )
+    scale = kwargs.get("scale") or 1 / math.sqrt(query.shape[-1])
+    scores = _call(torch.matmul, _call(torch.mul, query, scale), _call(torch.transpose, key, -2, -1))
+    return _call(torch.matmul, _call(torch.softmax, scores, -1), value)
+
+
+def _softmax(input: Any, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Any:
+    share = torch.softmax(input.primal, dim, dtype)
+    moved = share * input.tangent
+    return Dual(share, moved - share * moved.sum(dim, keepdim=True))
+
+
+def _call(func: Callable[..., Any], *args: Any) -> Any:
+    return (_RULES[func] if any(isinstance(one, Dual) for one in args) else func)(*args)
+
+
+_T = Tensor
+_LINEAR: tuple[Callable[..., Any], ...] = (
+    *(_T.flatten, _T.unflatten, _T.view, _T.reshape, _T.permute, _T.transpose, _T.chunk, _T.split, _T.unbind, _T.expand),
+    *(_T.squeeze, _T.unsqueeze, _T.contiguous, _T.to, _T.float, _T.double, _T.sum, _T.mean, _T.neg, _T.__neg__),
+    *(_T.__getitem__, _T.movedim, _T.flip, _T.roll, _T.repeat, _T.clone, _T.expand_as, _T.reshape_as, _T.narrow),
+    *(_T.view_as, _T.t, _T.swapaxes, _T.cumsum, _T.diagonal, _T.tril, _T.triu, _T.type_as),
+    *(_T.tensor_split, _T.select, _T.index_select),
+    *(torch.flatten, torch.unflatten, torch.reshape, torch.permute, torch.transpose, torch.chunk, torch.split),
+    *(torch.unbind, torch.squeeze, torch.unsqueeze, torch.sum, torch.mean, torch.neg, torch.movedim, torch.flip, torch.roll),
+    *(torch.clone, torch.narrow, torch.tensor_split, torch.select, torch.index_select, torch.swapaxes, torch.cumsum),
+    *(functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d, functional.interpolate),
+    *(functional.adaptive_avg_pool2d, functional.pixel_shuffle, functional.pixel_unshuffle, functional.unfold),
+)
+_AFFINE: tuple[Callable[..., Any], ...] = (
+    functional.linear,
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+)
+_RULES: dict[Any, Callable[..., Any]] = {
+    **{func: _both(func) for func in _LINEAR},
+    **{func: _affine(func) for func in _AFFINE},
+    **{func: _joined(func) for func in (torch.cat, torch.concat, torch.stack)},
+    **dict.fromkeys((torch.add, _T.add, _T.__add__, _T.__radd__), _add),
+    **dict.fromkeys((torch.sub, torch.subtract, _T.sub, _T.__sub__), _sub),
+    **dict.fromkeys((torch.rsub, _T.__rsub__), _rsub),
+    **dict.fromkeys((torch.mul, torch.multiply, _T.mul, _T.__mul__, _T.__rmul__), _mul),
+    **dict.fromkeys((torch.div, torch.divide, torch.true_divide, _T.div, _T.__truediv__), _div),
+    _T.__rtruediv__: _rdiv,
+    **dict.fromkeys((torch.matmul, torch.bmm, torch.mm, _T.matmul, _T.bmm, _T.mm, _T.__matmul__), _matmul),
+    _T.__rmatmul__: _rmatmul,
+    **{func: _elementwise(func, lambda x, y: y) for func in (torch.exp, _T.exp)},
+    **{func: _elementwise(func, lambda x, y: 1 / x) for func in (torch.log, _T.log)},
+    **{func: _elementwise(func, lambda x, y: x.cos()) for func in (torch.sin, _T.sin)},
+    **{func: _elementwise(func, lambda x, y: -x.sin()) for func in (torch.cos, _T.cos)},
+    **{func: _elementwise(func, lambda x, y: 1 - y.square()) for func in (torch.tanh, _T.tanh, functional.tanh)},
+    **{func: _elementwise(func, lambda x, y: y * (1 - y)) for func in (torch.sigmoid, _T.sigmoid, functional.sigmoid)},
+    **{func: _elementwise(func, lambda x, y: 0.5 / y) for func in (torch.sqrt, _T.sqrt)},
+    **{func: _elementwise(func, lambda x, y: -0.5 * y / x) for func in (torch.rsqrt, _T.rsqrt)},
+    **{func: _elementwise(func, lambda x, y: 2 * x) for func in (torch.square, _T.square)},
+    **{func: _elementwise(func, lambda x, y: x > 0) for func in (torch.relu, _T.relu)},
+    **dict.fromkeys((torch.pow, _T.pow, _T.__pow__), _pow),
+    **dict.fromkeys((torch.softmax, _T.softmax, functional.softmax), _softmax),
+    functional.silu: _silu,
+    functional.selu: _selu,
+    torch.selu: _selu,
+    functional.elu: _elu,
+    functional.gelu: _gelu,
+    functional.softplus: _softplus,
+    functional.group_norm: _group_norm,
+    functional.scaled_dot_product_attention: _attention,
+}

@@ -14,7 +14,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -262,37 +262,39 @@ def _pow(x: Any, exponent: Any) -> Any:
     return _by_autodiff(torch.pow, x, exponent)
 
 
-class _Activation(torch.autograd.Function):
-    r"""An activation a with its tangent, (a(x), a'(x) x'); the gradient in x is :math:`a' g + a''\, x' g'`.
+class _Bend(NamedTuple):
+    """An activation a: its value, and what its derivatives at x do to a tensor v, given y = a(x) too."""
 
-    ``scaled_slope(v, x)`` returns a'(x) v by torch's own fused kernel, and ``curvature(x)`` a''(x).
-    """
+    value: Callable[[Tensor], Tensor]
+    """Returns a(x)."""
+    slope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Returns a'(x) v, of (v, x, y)."""
+    curvature: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Returns a''(x) v, of (v, x, y)."""
+
+
+class _Activation(torch.autograd.Function):
+    r"""An activation a with its tangent, (a(x), a'(x) x'); the gradient in x is :math:`a' g + a''\, x' g'`."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        tangent: Tensor,
-        activation: Callable[[Tensor], Tensor],
-        scaled_slope: Callable[[Tensor, Tensor], Tensor],
-        curvature: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        return activation(x), scaled_slope(tangent, x)
+    def forward(x: Tensor, tangent: Tensor, bend: _Bend) -> tuple[Tensor, Tensor]:
+        y = bend.value(x)
+        return y, bend.slope(tangent, x, y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, tangent, ctx.activation, ctx.scaled_slope, ctx.curvature = inputs
-        ctx.save_for_backward(x, tangent)
+        x, tangent, ctx.bend = inputs
+        ctx.save_for_backward(x, tangent, output[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_tangent: Tensor) -> tuple[Any, ...]:
-        x, tangent = ctx.saved_tensors
-        wanted, wanted_tangent = ctx.needs_input_grad[:2]
+        x, tangent, y = ctx.saved_tensors
+        bend = ctx.bend
         if torch.is_grad_enabled():  # for a second gradient, which the kernels have not
-            found = _backward_again(ctx, ctx.activation(x), ctx.activation, (x, tangent), (grad, grad_tangent))
-            return *found, None, None, None
-        in_x = torch.addcmul(ctx.scaled_slope(grad, x), ctx.curvature(x), tangent * grad_tangent) if wanted else None
-        in_tangent = ctx.scaled_slope(grad_tangent, x) if wanted_tangent else None
-        return in_x, in_tangent, None, None, None
+            return *_backward_again(ctx, bend.value(x), bend.value, (x, tangent), (grad, grad_tangent)), None
+        wanted, wanted_tangent = ctx.needs_input_grad[:2]
+        in_x = bend.slope(grad, x, y) + bend.curvature(tangent * grad_tangent, x, y) if wanted else None
+        return in_x, bend.slope(grad_tangent, x, y) if wanted_tangent else None, None
 
 
 def _backward_again(
@@ -320,98 +322,79 @@ def _backward_again(
     return [found[wanted.index(place)] if place in wanted else None for place in range(len(inputs))]
 
 
-def _silu_slope(v: Tensor, x: Tensor) -> Tensor:
-    return _aten.silu_backward(v, x)
-
-
-def _silu_curvature(x: Tensor) -> Tensor:
+def _silu_curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
     s = torch.sigmoid(x)
     slope = s * (1 - s)
-    return torch.addcmul(2 * slope, slope * x, 1 - 2 * s)
+    return torch.addcmul(2 * slope, slope * x, 1 - 2 * s) * v
 
 
-_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+_SILU = _Bend(functional.silu, lambda v, x, y: _aten.silu_backward(v, x), _silu_curvature)
 
 
-def _elu_slope(v: Tensor, x: Tensor, alpha: float, scale: float) -> Tensor:
-    return _aten.elu_backward(v, alpha, scale, 1.0, False, x)
+def _elu_bend(alpha: float, scale: float) -> _Bend:
+    # from y, without another exponential: for x < 0 both derivatives are y + alpha scale
+    def slope(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        found: Tensor = _aten.elu_backward(v, alpha, scale, 1.0, True, y)
+        return found
+
+    def curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return slope(_aten.threshold_backward(v, -y, 0), x, y)
+
+    return _Bend(lambda x: _aten.elu(x, alpha, scale), slope, curvature)
 
 
-def _elu_curvature(x: Tensor, alpha: float, scale: float) -> Tensor:
-    return torch.where(x > 0, 0.0, x.clamp_max(0).exp() * (alpha * scale))
+_SELU = _elu_bend(1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
 
 
-def _gelu_slope(v: Tensor, x: Tensor, approximate: str) -> Tensor:
-    return _aten.gelu_backward(v, x, approximate=approximate)
+def _gelu_curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return v * (2 - x.square()) * torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)  # a' = Phi + x phi
 
 
-def _gelu_curvature(x: Tensor, approximate: str) -> Tensor:
-    if approximate == "none":  # a' = Phi + x phi, a'' = (2 - x^2) phi
-        return (2 - x.square()) * torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
+def _gelu_tanh_curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
     c = math.sqrt(2 / math.pi)
     tanh = torch.tanh(c * (x + 0.044715 * x**3))
-    inner, bend = c * (1 + 3 * 0.044715 * x.square()), c * 6 * 0.044715 * x
-    return (1 - tanh.square()) * (inner + 0.5 * x * bend - x * tanh * inner.square())
+    inner, bent = c * (1 + 3 * 0.044715 * x.square()), c * 6 * 0.044715 * x
+    return v * (1 - tanh.square()) * (inner + 0.5 * x * bent - x * tanh * inner.square())
 
 
-def _softplus_slope(v: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
-    return _aten.softplus_backward(v, x, beta, threshold)
+def _gelu_bend(approximate: str) -> _Bend:
+    return _Bend(
+        functools.partial(functional.gelu, approximate=approximate),
+        lambda v, x, y: _aten.gelu_backward(v, x, approximate=approximate),
+        _gelu_curvature if approximate == "none" else _gelu_tanh_curvature,
+    )
 
 
-def _softplus_curvature(x: Tensor, beta: float, threshold: float) -> Tensor:
-    s = torch.sigmoid(beta * x)
-    return torch.where(beta * x > threshold, 0.0, beta * s * (1 - s))
+def _softplus_bend(beta: float, threshold: float) -> _Bend:
+    def curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        s = torch.sigmoid(beta * x)
+        return beta * s * (1 - s) * (beta * x <= threshold) * v
+
+    return _Bend(
+        functools.partial(functional.softplus, beta=beta, threshold=threshold),
+        lambda v, x, y: _aten.softplus_backward(v, x, beta, threshold),
+        curvature,
+    )
 
 
-def _activate(
-    x: Any,
-    activation: Callable[[Tensor], Tensor],
-    slope: Callable[[Tensor, Tensor], Tensor],
-    curvature: Callable[[Tensor], Tensor],
-) -> Any:
-    return Dual(*_Activation.apply(x.primal, x.tangent, activation, slope, curvature))
-
-
-def _silu(input: Any, inplace: bool = False) -> Any:
+def _activate(bend: _Bend, x: Any, inplace: bool = False) -> Any:
     if inplace:
-        raise UnsupportedError("silu in place")
-    return _activate(input, functional.silu, _silu_slope, _silu_curvature)
-
-
-def _selu(input: Any, inplace: bool = False) -> Any:
-    if inplace:
-        raise UnsupportedError("selu in place")
-    slope = functools.partial(_elu_slope, alpha=_SELU_ALPHA, scale=_SELU_SCALE)
-    return _activate(input, functional.selu, slope, functools.partial(_elu_curvature, alpha=_SELU_ALPHA, scale=_SELU_SCALE))
+        raise UnsupportedError("an activation in place writes into a tensor")
+    return Dual(*_Activation.apply(x.primal, x.tangent, bend))
 
 
 def _elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Any:
-    if inplace:
-        raise UnsupportedError("elu in place")
-    return _activate(
-        input,
-        functools.partial(functional.elu, alpha=alpha),
-        functools.partial(_elu_slope, alpha=alpha, scale=1.0),
-        functools.partial(_elu_curvature, alpha=alpha, scale=1.0),
-    )
+    if alpha <= 0:
+        return _by_autodiff(functional.elu, input, alpha, inplace)
+    return _activate(_elu_bend(alpha, 1.0), input, inplace)
 
 
 def _gelu(input: Any, approximate: str = "none") -> Any:
-    return _activate(
-        input,
-        functools.partial(functional.gelu, approximate=approximate),
-        functools.partial(_gelu_slope, approximate=approximate),
-        functools.partial(_gelu_curvature, approximate=approximate),
-    )
+    return _activate(_gelu_bend(approximate), input)
 
 
 def _softplus(input: Any, beta: float = 1, threshold: float = 20) -> Any:
-    return _activate(
-        input,
-        functools.partial(functional.softplus, beta=beta, threshold=threshold),
-        functools.partial(_softplus_slope, beta=beta, threshold=threshold),
-        functools.partial(_softplus_curvature, beta=beta, threshold=threshold),
-    )
+    return _activate(_softplus_bend(beta, threshold), input)
 
 
 # Norms and attention
@@ -571,9 +554,9 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **{func: _elementwise(func, lambda x, y: x > 0) for func in (torch.relu, _T.relu)},
     **dict.fromkeys((torch.pow, _T.pow, _T.__pow__), _pow),
     **dict.fromkeys((torch.softmax, _T.softmax, functional.softmax), _softmax),
-    functional.silu: _silu,
-    functional.selu: _selu,
-    torch.selu: _selu,
+    functional.silu: functools.partial(_activate, _SILU),
+    functional.selu: functools.partial(_activate, _SELU),
+    torch.selu: functools.partial(_activate, _SELU),
     functional.elu: _elu,
     functional.gelu: _gelu,
     functional.softplus: _softplus,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nfdm_lightning.cli import NfdmCLI
 from nfdm_lightning.cli import main as lightning
 from nfdm_lightning.module import NeuralDiffusion
 
@@ -33,6 +34,33 @@ def train_and_test(
         raise SystemExit(f"{config}, seed {seed}: the run failed")
     results: dict[str, float] = json.loads((folder / "checkpoints" / "last.test.json").read_text())["metrics"]
     return NeuralDiffusion.load_from_checkpoint(folder / "checkpoints" / "last.ckpt").eval(), results
+
+
+def build_model(config: str, *settings: str) -> NeuralDiffusion:
+    """Returns the untrained model of a shipped configuration with settings of the command line, on the CPU in float32."""
+    args = ["--config", str(CONFIGS / f"{config}.yaml"), "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    model = NfdmCLI([*args, "--trainer.precision=32", *settings], run=False).model
+    assert isinstance(model, NeuralDiffusion)
+    return model
+
+
+def training_step(model: NeuralDiffusion, batch_size: int) -> Callable[[], None]:
+    """Returns a function that does one training step of the model, on random data: bound, backward pass, AdamW."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.train().parameters():  # none is zero: a zeroed last layer would make zeros of all gradients
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    x = torch.randn(batch_size, *model.reverse.shape)
+    if levels := model.hparams["levels"]:
+        x = torch.randint(0, levels, x.shape) * 2 / (levels - 1) - 1
+
+    def step() -> None:
+        optimiser.zero_grad()
+        model.bound(x).nats.mean().backward()
+        optimiser.step()
+
+    return step
 
 
 def options(description: str, steps: int) -> argparse.Namespace:

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from common import CONFIGS, report
-from nfdm_lightning.cli import NfdmCLI
+from common import build_model, report
 from nfdm_lightning.cli import main as lightning
 from nfdm_lightning.decoder import DiscreteDecoder
 from nfdm_lightning.likelihood import ODE
@@ -65,8 +64,7 @@ def evaluate(run: Path, only: list[str], number: int, guard: int, drawn: int, sp
 
 def peak_memory(steps: int) -> float:
     """Returns the peak resident memory of this process in MiB after an ODE likelihood in so many steps."""
-    config = CONFIGS / "cifar10_small_nfdm.yaml"
-    model = NfdmCLI(["--config", str(config), "--trainer.logger=false", "--trainer.accelerator=cpu"], run=False).model.eval()
+    model = build_model("cifar10_small_nfdm").eval()
     x = torch.randint(0, 256, (4, 3, 32, 32)) / 127.5 - 1
     ODE(method="euler", steps=steps).evaluate(model.reverse, DiscreteDecoder(256), x, torch.arange(4))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

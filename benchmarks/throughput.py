@@ -20,16 +20,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import CONFIGS, report
-from nfdm_lightning.cli import NfdmCLI
+from common import build_model, report
 from nfdm_lightning.module import NeuralDiffusion
 
 
 def build(config: str, device: torch.device, compiled: bool) -> NeuralDiffusion:
     """Returns the model of a configuration on the device."""
-    args = ["--config", str(CONFIGS / f"{config}.yaml"), "--trainer.logger=false", "--trainer.accelerator=cpu"]
-    model = NfdmCLI([*args, "--trainer.precision=32"], run=False).model.to(device)
-    assert isinstance(model, NeuralDiffusion)
+    model = build_model(config).to(device)
     if compiled:
         model.reverse.predictor.network.compile()
     return model

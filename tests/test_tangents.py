@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from nfdm_lightning.networks import DiT, ResidualMLP, UNet, VDMUNet
 from nfdm_lightning.processes.base import time_derivative
@@ -223,6 +224,14 @@ def test_inference_mode_and_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         low = time_derivative(lambda time: network(x, time), t)
     assert torch.allclose(low[0].float(), expected[0], atol=0.2)
+
+
+def test_modules_can_be_tracked():
+    network, t = UNet((1, 8, 8), (2, 8, 8), channels=8), torch.rand(2)
+    with warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
+        warnings.simplefilter("error")
+        time_derivative(lambda time: network(torch.ones(2, 1, 8, 8), time), t)
+    assert counter.get_total_flops() > 0
 
 
 def test_what_is_no_torch_function_is_refused_and_not_wrong():

@@ -135,6 +135,7 @@ _OF_THE_VALUE = {
     *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
     *("__gt__", "__lt__", "__ge__", "__le__", "__eq__", "__ne__", "gt", "lt", "ge", "le", "eq", "ne"),
     *("isfinite", "isnan", "isinf", "argmax", "argmin", "detach", "__bool__", "equal", "allclose"),
+    *("register_hook", "retain_grad"),  # of module trackers, such as the one of torch's counter of operations
 }
 
 
@@ -293,7 +294,7 @@ class _Activation(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a second gradient, which the kernels have not
             return *_backward_again(ctx, bend.value(x), bend.value, (x, tangent), (grad, grad_tangent)), None
         wanted, wanted_tangent = ctx.needs_input_grad[:2]
-        in_x = bend.slope(grad, x, y) + bend.curvature(tangent * grad_tangent, x, y) if wanted else None
+        in_x = bend.slope(grad, x, y).add_(bend.curvature(tangent * grad_tangent, x, y)) if wanted else None
         return in_x, bend.slope(grad_tangent, x, y) if wanted_tangent else None, None
 
 
@@ -323,9 +324,9 @@ def _backward_again(
 
 
 def _silu_curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    # s (1 - s) (2 + x - 2 y) v; in place, as these passes over memory are what it costs
     s = torch.sigmoid(x)
-    slope = s * (1 - s)
-    return torch.addcmul(2 * slope, slope * x, 1 - 2 * s) * v
+    return torch.addcmul(s, s, s, value=-1).mul_(torch.sub(x, y, alpha=2).add_(2)).mul_(v)
 
 
 _SILU = _Bend(functional.silu, lambda v, x, y: _aten.silu_backward(v, x), _silu_curvature)
@@ -446,7 +447,7 @@ class _GroupNorm(torch.autograd.Function):
             in_tangent = _jacobian(u, x, mean, rstd, None, sizes, ctx.groups)
             if ctx.needs_input_grad[0]:
                 more = _group_norm_curvature(x, tangent, u, moved, in_tangent, mean, rstd, ctx.groups)
-                in_x = more if in_x is None else in_x + more
+                in_x = more if in_x is None else in_x.add_(more)
         return in_x, in_tangent, in_weight, in_bias, None, None
 
 
@@ -470,15 +471,10 @@ def _group_norm_curvature(
     shape = (len(x), groups, -1)
     x_, tangent_, u_, moved_, moved_u_ = (tensor.reshape(shape) for tensor in (x, tangent, u, moved, moved_u))
     r, count = rstd.reshape(len(x), groups, 1), x_.shape[2]
-    normed = (x_ - mean.reshape(len(x), groups, 1)) * r
-    phi, b, c = _dot(u_, moved_), _dot(u_, normed), _dot(normed, tangent_)
-    result = torch.addcmul(normed * (-r / count * phi), moved_, -r / count * b)
-    return torch.addcmul(result, moved_u_, -r / count * c).reshape(x.shape)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the inner products over the last dimension, kept."""
-    return torch.matmul(a[..., None, :], b[..., :, None])[..., 0]
+    normed = torch.addcmul(-mean.reshape(len(x), groups, 1) * r, x_, r)
+    pairs = ((u_, moved_), (u_, normed), (normed, tangent_))
+    phi, b, c = (-r / count * torch.linalg.vecdot(*pair)[..., None] for pair in pairs)
+    return normed.mul_(phi).addcmul_(moved_, b).addcmul_(moved_u_, c).reshape(x.shape)
 
 
 def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:

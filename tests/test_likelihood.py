@@ -365,9 +365,9 @@ def test_ode_likelihood_in_float32_is_that_in_float64(name):
     perturb(process)
     reverse = any_model(process, (2,))
     x = data_for(process, torch.randn(2, 2))
-    double = ODE(rtol=1e-4, atol=1e-4).evaluate(reverse, GaussianDecoder(), x, torch.arange(2)).nats
+    double = ODE(rtol=1e-5, atol=1e-5).evaluate(reverse, GaussianDecoder(), x, torch.arange(2)).nats
     torch.set_default_dtype(torch.float32)
-    single = ODE(rtol=1e-4, atol=1e-4).evaluate(reverse.float(), GaussianDecoder(), x.float(), torch.arange(2)).nats
+    single = ODE(rtol=1e-5, atol=1e-5).evaluate(reverse.float(), GaussianDecoder(), x.float(), torch.arange(2)).nats
     assert torch.allclose(single.double(), double, atol=0.02)
 
 

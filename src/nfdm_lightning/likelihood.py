@@ -311,17 +311,16 @@ class ODE(Estimator):
             nonlocal nfe
             latents = state[:, :dimensions].view_as(z)
             t = time.to(z).clamp(0, 1).expand(len(z)).contiguous()  # adaptive methods look beyond the end
-
-            def velocity(point: Tensor) -> Tensor:
-                return reverse.velocity(point, t)
-
             # reverse mode: the velocity may hold a forward derivative in t, and not every function has two of these
-            speed, pullback = torch.func.vjp(velocity, latents)[:2]
-            divergence = torch.stack([sum_event(vector * pullback(vector)[0]) for vector in vectors], 1)
+            with torch.enable_grad():
+                point = latents.detach().requires_grad_()
+                speed = reverse.velocity(point, t)
+            pulled = (torch.autograd.grad(speed, point, vector, retain_graph=True)[0] for vector in vectors)
+            divergence = torch.stack([sum_event(vector * one) for vector, one in zip(vectors, pulled, strict=True)], 1)
             nfe += 1
             if exact:
                 divergence = divergence.sum(1, keepdim=True)
-            return torch.cat([speed.flatten(1), divergence / dimensions], 1)
+            return torch.cat([speed.detach().flatten(1), divergence / dimensions], 1)
 
         def norm(error: Tensor) -> Tensor:  # the worst sample's, so that its error does not depend on the others
             return torch.maximum(error[:, :dimensions].square().mean(1).sqrt().max(), error[:, dimensions:].abs().max())

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -471,8 +471,10 @@ class NeuralDiffusion(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hp = self.hparams
+        # one kernel for all weights; Lightning refuses to clip gradients for it under mixed precision
+        fused = None if isinstance(self.trainer.precision_plugin, MixedPrecision) else True
         optimizer = torch.optim.AdamW(
-            self._parameter_groups(), lr=hp["lr"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"]
+            self._parameter_groups(), lr=hp["lr"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"], fused=fused
         )
         total = self.trainer.estimated_stepping_batches
         factor = partial(_lr_factor, warmup=hp["warmup_steps"], total=total, decay=hp["decay"])

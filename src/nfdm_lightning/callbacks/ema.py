@@ -50,6 +50,8 @@ class EMA(WeightAveraging):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None
         self._average_model.to(pl_module.device)  # at setup the model was not on its device yet
+        # read in each update: on the CPU, or each would wait for the device
+        self._average_model.n_averaged = self._average_model.n_averaged.cpu()
         if is_sharded(pl_module):
             share_like(self._average_model.module, pl_module)
 

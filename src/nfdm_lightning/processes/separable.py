@@ -58,26 +58,26 @@ class SeparableNFDM(AffineProcess):
         self.terms, self.delta, self.bound = terms, check_delta(delta), check_bound(bound)
 
     def basis(self, t: Tensor, order: int = 0) -> Tensor:
-        """Returns the order-th derivative of every b_k at t (B,), shape (B, K)."""
+        """Returns every b_k and its derivatives up to the order at t (B,), shape (B, order + 1, K)."""
         # by recurrence, T_(k+1) = 2 u T_k - T_(k-1): powers of t cancel in float32
-        u = 2 * t - 1
-        zero = torch.zeros_like(t)
+        u, window = 2 * t - 1, t * (1 - t)
         before = [torch.zeros_like(t) for _ in range(order + 1)]
-        now = [torch.ones_like(t), *[zero] * order]
+        now = [torch.ones_like(t), *before[1:]]
         columns = []
         for k in range(self.terms):
             # Leibniz with t (1 - t), whose third derivative is 0; a derivative in t is twice that in u
             scaled = [2**n * value for n, value in enumerate(now)]
-            column = t * (1 - t) * scaled[order]
-            if order > 0:
-                column = column + order * (1 - 2 * t) * scaled[order - 1]
-            if order > 1:
-                column = column - order * (order - 1) * scaled[order - 2]
-            columns.append(column)
+            for n in range(order + 1):
+                column = window * scaled[n]
+                if n > 0:
+                    column = column - n * u * scaled[n - 1]
+                if n > 1:
+                    column = column - n * (n - 1) * scaled[n - 2]
+                columns.append(column)
             factor = 1 if k == 0 else 2
             after = [factor * (u * now[n] + (n * now[n - 1] if n else 0)) - before[n] for n in range(order + 1)]
             before, now = now, after
-        return torch.stack(columns, 1)
+        return torch.stack(columns, 1).unflatten(1, (self.terms, order + 1)).transpose(1, 2)
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns h and l, each (B, K, *event): the one evaluation of the network."""
@@ -86,16 +86,19 @@ class SeparableNFDM(AffineProcess):
         )
         return shift, bounded(raw, self.bound / self.terms)
 
-    def _series(self, t: Tensor, x: Tensor, shift: Tensor, log_noise: Tensor, order: int) -> tuple[Tensor, Tensor]:
-        """Returns the order-th time derivatives of mean and log std."""
+    def _series(
+        self, t: Tensor, x: Tensor, shift: Tensor, log_noise: Tensor, order: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns mean and log std with their time derivatives up to the order."""
         basis = self.basis(t, order)
-        fixed = {0: 1 - t, 1: -torch.ones_like(t)}.get(order, torch.zeros_like(t))
-        line = expand_as_event(fixed, x)
+        basis = basis.reshape(*basis.shape, *[1] * (x.ndim - 1))
         # no matrix product: autocast would take it in bfloat16
-        mean, log_std = (
-            (basis.reshape(*basis.shape, *[1] * (values.ndim - 2)) * values).sum(1) for values in (shift, log_noise)
-        )
-        return line * x + mean, line * math.log(self.delta) + log_std
+        means, logs = (list((basis * values[:, None]).sum(2).unbind(1)) for values in (shift, log_noise))
+        line = expand_as_event(1 - t, x)
+        means[0], logs[0] = means[0] + line * x, logs[0] + line * math.log(self.delta)
+        if order > 0:
+            means[1], logs[1] = means[1] - x, logs[1] - math.log(self.delta)
+        return means, logs
 
     def derivatives(self, eps: Tensor, t: Tensor, x: Tensor, order: int) -> list[Tensor]:
         r"""Returns :math:`F, \partial_t F, \dots, \partial_t^n F` at fixed eps, each (B, *event), from one evaluation.
@@ -104,24 +107,23 @@ class SeparableNFDM(AffineProcess):
         :math:`\text{std}^{(n)} = \sum_{k=1}^{n} \binom{n-1}{k-1} L^{(k)}\, \text{std}^{(n-k)}`.
         """
         shift, log_noise = self.coefficients(x)
-        means, logs = zip(*(self._series(t, x, shift, log_noise, n) for n in range(order + 1)), strict=True)
+        means, logs = self._series(t, x, shift, log_noise, order)
         stds = [logs[0].exp()]
         for n in range(1, order + 1):
             stds.append(sum((math.comb(n - 1, k - 1) * logs[k] * stds[n - k] for k in range(1, n + 1)), torch.zeros_like(x)))
         return [mean + std * eps for mean, std in zip(means, stds, strict=True)]
 
     def moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = self._series(t, x, *self.coefficients(x), 0)
+        (mean,), (log_std,) = self._series(t, x, *self.coefficients(x), 0)
         return mean, log_std.exp()
 
     def step_moments(self, t: Tensor, s: Tensor, x: Tensor) -> Ends:
         coefficients = self.coefficients(x)
-        (mean_t, log_t), (mean_s, log_s) = (self._series(time, x, *coefficients, 0) for time in (t, s))
+        ((mean_t,), (log_t,)), ((mean_s,), (log_s,)) = (self._series(time, x, *coefficients, 0) for time in (t, s))
         return Ends(mean_t, log_t.exp(), mean_s, log_s.exp())
 
     def moments_dt(self, t: Tensor, x: Tensor) -> Moments:
-        coefficients = self.coefficients(x)
-        (mean, log_std), (mean_dt, log_std_dt) = (self._series(t, x, *coefficients, order) for order in (0, 1))
+        (mean, mean_dt), (log_std, log_std_dt) = self._series(t, x, *self.coefficients(x), 1)
         std = log_std.exp()
         return Moments(mean, std, mean_dt, std * log_std_dt)
 

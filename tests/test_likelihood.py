@@ -461,3 +461,29 @@ def test_a_solve_that_diverges_is_named():
     reverse = ReverseProcess(Gaussian((2,)), Explodes(DataSpec((2,)), Ignored), MatchedVolatility())
     with pytest.raises(NonFiniteError, match="ODE likelihood"):
         ODE(method="euler", steps=30).evaluate(reverse, GaussianDecoder(), 9 * torch.ones(1, 2), torch.tensor([7]))
+
+
+def test_ode_in_inference_mode_and_the_parameters_after_it():
+    process = PROCESSES["nfdm"]((2,))
+    perturb(process)
+    reverse = any_model(process, (2,))
+    next(reverse.predictor.parameters()).requires_grad_(False)
+    learned = [one.requires_grad for one in reverse.parameters()]
+    x, index = torch.randn(3, 2), torch.arange(3)
+    expected = ODE(rtol=1e-3, atol=1e-3).evaluate(reverse, GaussianDecoder(), x, index).nats
+    with torch.inference_mode():
+        inside = ODE(rtol=1e-3, atol=1e-3).evaluate(reverse, GaussianDecoder(), x.clone(), index).nats
+    assert torch.equal(inside, expected)
+    assert [one.requires_grad for one in reverse.parameters()] == learned
+
+
+def test_ode_of_a_velocity_that_does_not_see_the_latents():
+    class Still(ReverseProcess):
+        def velocity(self, z, t):
+            return torch.ones_like(z) * t[:, None]
+
+    reverse = Still(Gaussian((2,)), XPrediction(DataSpec((2,)), Zero), MatchedVolatility())
+    found = ODE(Density()).evaluate(reverse, GaussianDecoder(), torch.zeros(2, 2), torch.arange(2))
+    alpha = reverse.process.reference_at_data(torch.zeros(1))[0]
+    end = torch.full((2, 2), 0.5)
+    assert torch.allclose(-found.nats, reverse.process.prior_log_prob(end, None) + 2 * alpha.log())

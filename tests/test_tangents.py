@@ -1,6 +1,7 @@
 """Value and time derivative in one pass, against torch's forward mode, with their gradients."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -124,6 +125,14 @@ OPERATIONS = {
     "no rule": lambda h, x: torch.logsumexp(h, 1, keepdim=True) + torch.atan(h) + torch.where(h > 1, h, x) + h.clamp(-1, 1),
     "bent by time": lambda h, x: functional.linear(h, h[0, 0]) + functional.conv2d(x, h[:, :, :3, :3], padding=1),
     "two at once": lambda h, x: sum(torch.max(h, 1)[0].unbind(1))[:, None, None] + h,
+    "complex numbers": lambda h, x: (
+        torch.fft.irfft(torch.fft.rfft(h), n=4) + torch.fft.fft(h).abs() + torch.complex(h, x).real
+    ),
+    "attributes": lambda h, x: h @ h.mT + h.mT + h[0, 0].T * h.ndim,
+    "types": lambda h, x: h.type(torch.float64) * (3 * h).to(torch.long) + h.to(torch.bool) * x + (2 * h).long(),
+    "powers of nothing": lambda h, x: (h - h.detach()) ** 0 + h**0 + h**1,
+    "detached": lambda h, x: h.detach() * x,
+    "views of sums": lambda h, x: (x + h.mean((1, 2, 3))[:, None, None, None]).view(16, 16).view(4, 4, 4, 4),
     "no time at all": lambda h, x: x * 2 + torch.zeros_like(h),
 }
 
@@ -242,3 +251,128 @@ def test_what_is_no_torch_function_is_refused_and_not_wrong():
     t = torch.rand(3, dtype=DOUBLE)
     with pytest.raises((UnsupportedError, RuntimeError)):
         scripted(Dual(t, torch.ones_like(t)))
+
+
+def test_gradients_with_and_without_a_graph_of_their_own():
+    # a tangent that depends on the value that it goes with: no path may be counted twice
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(2, 4, 3, generator=generator, dtype=DOUBLE, requires_grad=True)
+    t = torch.rand(2, generator=generator, dtype=DOUBLE, requires_grad=True)
+    functions = [
+        lambda h: functional.silu(h.exp()),
+        lambda h: functional.gelu(h.softmax(1)),
+        lambda h: functional.group_norm(h / (1 + h**2), 2),
+        lambda h: functional.selu(functional.group_norm(functional.silu(h.tanh()), 2)),
+    ]
+    for function in functions:
+
+        def derivative(time, function=function):
+            return time_derivative(lambda u: function(torch.sin(u[:, None, None] * x)), time)[1].square().sum()
+
+        plain, graphed = (torch.autograd.grad(derivative(t), (x, t), create_graph=graph) for graph in (False, True))
+        for one, other in zip(plain, graphed, strict=True):
+            assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+class Square(torch.autograd.Function):
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 2 * ctx.saved_tensors[0] * tangent
+
+
+def without_gradients(h):
+    with torch.no_grad():
+        weight = h.square().mean()
+    return weight * h
+
+
+SLOW = {
+    "autograd.Function": Square.apply,
+    "another gradient mode": without_gradients,
+    "relu in place by position": lambda h: functional.leaky_relu(h - 1.0, 0.3, True) + h,
+    "relu in place by keyword": lambda h: functional.hardtanh(h + 1.0, inplace=True) + h,
+    "vmap": lambda h: torch.func.vmap(lambda a: functional.silu(a * h))(torch.ones(2, dtype=DOUBLE)).sum(0),
+    "keywords": lambda h: torch.mul(input=h, other=h),
+    "swallowed": lambda h: swallowed(h) + h,
+}
+
+
+def swallowed(h):
+    try:
+        return h.clone().mul_(2)
+    except Exception:
+        return h * 0
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_cannot_be_followed_takes_the_slow_way(name):
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(4, 4, 4, 4, generator=generator, dtype=DOUBLE, requires_grad=True)
+    t = torch.rand(4, generator=generator, dtype=DOUBLE, requires_grad=True)
+    way = [time_derivative, by_forward_mode]
+    with pytest.warns(UserWarning, match="slow way"):
+        one, other = (with_gradients(each, lambda time: SLOW[name](image(time, x)), t, [x, t]) for each in way)
+    for a, b in zip(one, other, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_module_with_backward_hooks_takes_the_slow_way():
+    layer = nn.Linear(3, 3).double()
+    layer.register_full_backward_hook(lambda *_: None)
+    x, t = torch.ones(2, 3, dtype=DOUBLE), torch.rand(2, dtype=DOUBLE)
+    with pytest.warns(UserWarning, match="slow way"):
+        derivative = time_derivative(lambda time: layer(time[:, None] * x), t)[1]
+    assert torch.allclose(derivative, x @ layer.weight.T)
+
+
+def test_an_inner_derivative_in_another_thread_is_refused():
+    t = torch.rand(3, dtype=DOUBLE)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(UnsupportedError):
+        value_and_tangent(lambda u: pool.submit(lambda: u * u).result(), t)
+
+
+def test_batched_gradients_and_empty_batches():
+    x = torch.randn(3, 4, 5, dtype=DOUBLE, requires_grad=True)
+    t = torch.rand(3, dtype=DOUBLE)
+
+    def derivative(point, time):
+        return time_derivative(lambda u: functional.silu(functional.group_norm(u[:, None, None] * point, 2)), time)[1]
+
+    vectors = torch.randn(2, 3, 4, 5, dtype=DOUBLE)
+    result = derivative(x, t)
+    batched = torch.autograd.grad(result, x, vectors, is_grads_batched=True, retain_graph=True)[0]
+    single = torch.stack([torch.autograd.grad(result, x, vector, retain_graph=True)[0] for vector in vectors])
+    assert torch.allclose(batched, single)
+    empty = x[:0].detach().requires_grad_()
+    derivative(empty, t[:0]).sum().backward()
+    assert empty.grad.shape == (0, 4, 5)
+
+
+def test_large_inputs_have_no_curvature():
+    for function in (
+        functional.gelu,
+        lambda h: functional.gelu(h, approximate="tanh"),
+        functional.silu,
+        functional.softplus,
+    ):
+        x = torch.tensor([1e13, -1e13], dtype=torch.float32, requires_grad=True)
+        derivative = time_derivative(lambda u, x=x, function=function: function(x * u), torch.ones(2, dtype=torch.float32))[
+            1
+        ]
+        derivative.sum().backward()
+        assert torch.equal(x.grad, torch.tensor([1.0, 0.0]))

@@ -14,20 +14,22 @@ A coarse solver can fake a low value of the last: :func:`check_trust` compares w
 """
 
 import abc
+import contextlib
 import copy
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nfdm_lightning.bound import BoundTerms, Draws, averaged, bits_per_dim, indexed_draws, variational_bound
 from nfdm_lightning.decoder import Decoder, DiscreteDecoder
 from nfdm_lightning.dequantisation import Density, Dequantisation, WithDecoder, log_mean_exp
 from nfdm_lightning.errors import ConfigError, NonFiniteError
-from nfdm_lightning.processes.base import sum_event
+from nfdm_lightning.processes.base import outside_inference_mode, sum_event
 from nfdm_lightning.reverse import ReverseProcess
 from nfdm_lightning.seeding import generators, standard_normal
 
@@ -184,6 +186,19 @@ class ImportanceWeighted(Estimator):
         return log_w + decoder.log_prob(target, z, *process.reference_at_data(x))
 
 
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Takes the gradient of no parameter: what it would need is not kept."""
+    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_()
+
+
 class ODE(Estimator):
     r"""The likelihood of the model's ODE, by the change of variables, for dequantised data.
 
@@ -263,8 +278,12 @@ class ODE(Estimator):
     def evaluate(
         self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int = 0, label: Tensor | None = None
     ) -> Estimate:
+        with outside_inference_mode(), _frozen(reverse):
+            x, label = x.clone(), None if label is None else label.clone()  # tensors made in it have no gradient
+            return self._evaluate(reverse.given(reverse.process.split(x)[1], label), decoder, x, index, seed)
+
+    def _evaluate(self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int) -> Estimate:
         source = reverse.process.split(x)[1]
-        reverse = reverse.given(source, label)
         nfe, log_p, prior = 0, [], []
         for k in range(self.draws):
             own = generators(index, _DEQUANTISATION, seed, k)
@@ -314,7 +333,7 @@ class ODE(Estimator):
             # reverse mode: the velocity may hold a forward derivative in t, and not every function has two of these
             with torch.enable_grad():
                 point = latents.detach().requires_grad_()
-                speed = reverse.velocity(point, t)
+                speed = reverse.velocity(point, t) + 0 * point  # which may not depend on it
             pulled = (torch.autograd.grad(speed, point, vector, retain_graph=True)[0] for vector in vectors)
             divergence = torch.stack([sum_event(vector * one) for vector, one in zip(vectors, pulled, strict=True)], 1)
             nfe += 1

@@ -77,7 +77,7 @@ def forward_mode() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _outside_inference_mode() -> Iterator[None]:
+def outside_inference_mode() -> Iterator[None]:
     """Leaves inference mode for no_grad: in it, torch 2.11 differentiates everything to zero without a word."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
@@ -95,7 +95,7 @@ def time_derivative(function: Callable[[Tensor], Any], t: Tensor) -> tuple[Any, 
     """
     refuse_nesting()  # the outer derivative starts again, in torch's forward mode
     t = t.contiguous()  # forward mode refuses an expanded tensor
-    with _outside_inference_mode(), forward_mode():
+    with outside_inference_mode(), forward_mode():
         if not (torch.is_autocast_enabled(t.device.type) or torch._C._functorch.maybe_current_level()):
             try:
                 return value_and_tangent(function, t)
@@ -216,7 +216,7 @@ class ForwardProcess(Conditioned, abc.ABC):
         with forward_mode():  # for the plain attention: fused, it has no second derivative in reverse mode either
             if not torch.is_inference_mode_enabled():
                 return gradient(z, t, x)
-            with _outside_inference_mode():
+            with outside_inference_mode():
                 return gradient(z.clone(), t.clone(), x.clone())  # tensors made in it cannot be differentiated
 
     def path_at(self, z: Tensor, t: Tensor, x: Tensor) -> PathPoint:

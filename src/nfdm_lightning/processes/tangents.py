@@ -3,8 +3,12 @@ r"""A function of time and its time derivative in one pass, at the price of two 
 Forward-mode autodiff gives :math:`\partial_t f`, but torch's own differentiates norms and activations by many small steps,
 each of which the gradient then differentiates again. Here the pair (value, tangent) runs through the network as one object,
 :class:`Dual`, whose rules are written by hand where that pays: linear maps are applied to both, and activations, norms and
-attention have fused kernels for the tangent and for its gradient. Any function without a rule is differentiated by
-``torch.func.jvp`` alone, so networks need not know of it.
+attention have fused kernels for the tangent and for its gradient. A torch function without a rule is differentiated by
+``torch.func.jvp``.
+
+What a Dual cannot follow raises :class:`UnsupportedError`, and the whole function is then differentiated in another way:
+what writes into a tensor, an ``autograd.Function``, another transformation of ``torch.func``, autocast, ``torch.compile``,
+or a change of the gradient mode within the function. A hook on a Dual sees the gradient of the value alone.
 
 The gradient of activations and GroupNorm is written out once (:class:`_Activation`, :class:`_GroupNorm`); all else is
 differentiated by autograd as usual.
@@ -32,13 +36,35 @@ class NestedError(UnsupportedError):
     """A derivative within a derivative, whose tangents a Dual cannot tell apart."""
 
 
-_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside", default=False)
+class _Pass:
+    """One evaluation of a function by Duals: what must not change in it, and the error that ended it, if any."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.grad, self.error = device, torch.is_grad_enabled(), None
+
+    error: UnsupportedError | None
+
+    def check(self) -> None:
+        """Raises UnsupportedError where a rule would be wrong."""
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise UnsupportedError("a transformation of torch.func within it")
+        if torch.is_grad_enabled() != self.grad:  # within an autograd.Function too
+            raise UnsupportedError("a change of the gradient mode, or an autograd.Function, within it")
+        if torch.compiler.is_compiling():
+            raise UnsupportedError("torch.compile within it")
+        if torch.is_autocast_enabled(self.device):
+            raise UnsupportedError("autocast within it")
+
+
+_now: contextvars.ContextVar[_Pass | None] = contextvars.ContextVar("now", default=None)
 
 
 def refuse_nesting() -> None:
     """Raises NestedError inside a function that :func:`value_and_tangent` evaluates."""
-    if _inside.get():
-        raise NestedError
+    now = _now.get()
+    if now is not None:
+        now.error = NestedError()
+        raise now.error
 
 
 class Dual(Tensor):
@@ -47,15 +73,17 @@ class Dual(Tensor):
     Attributes:
         primal: the value.
         tangent: its derivative, of the same shape.
+        made_in: the pass that it belongs to.
     """
 
     primal: Tensor
     tangent: Tensor
+    made_in: _Pass | None
 
     @staticmethod
     def __new__(cls, primal: Tensor, tangent: Tensor) -> "Dual":
         made: Dual = Tensor._make_wrapper_subclass(cls, primal.shape, dtype=primal.dtype, device=primal.device)
-        made.primal, made.tangent = primal, tangent
+        made.primal, made.tangent, made.made_in = primal, tangent, _now.get()
         return made
 
     @classmethod
@@ -63,9 +91,23 @@ class Dual(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        now = _now.get()
         with torch._C.DisableTorchFunctionSubclass():
-            rule = _RULES.get(func)
-            return _by_autodiff(func, *args, **kwargs) if rule is None else rule(*args, **kwargs)
+            try:
+                if now is None or any(isinstance(one, Dual) and one.made_in is not now for one in args):
+                    raise NestedError("a Dual outside of the pass that it belongs to")
+                rule = _RULES.get(func)
+                if rule is None:
+                    return _without_rule(now, func, *args, **kwargs)
+                now.check()
+                if kwargs.get("out") is not None:
+                    raise UnsupportedError(f"{func.__name__} writes into a tensor")
+                return rule(*args, **kwargs)
+            except UnsupportedError as error:  # kept, should the function catch it
+                for involved in (now, *(one.made_in for one in args if isinstance(one, Dual))):
+                    if involved is not None:
+                        involved.error = error
+                raise
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -80,12 +122,24 @@ def value_and_tangent(function: Callable[[Tensor], Any], t: Tensor) -> tuple[Any
     Raises:
         UnsupportedError: the function does something that cannot be followed, such as writing into a tensor.
     """
-    token = _inside.set(True)
+    if isinstance(t, Dual):
+        raise NestedError
+    if not t.is_floating_point():
+        raise UnsupportedError("times that are no real numbers")
+    now = _Pass(t.device.type)
+    token = _now.set(now)
     try:
         result = function(Dual(t, torch.ones_like(t)))
+        result = tree_map(_value, result), tree_map(_tangent, result)
+    except (torch.OutOfMemoryError, UnsupportedError):
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:  # of a rule, or the function's own, which then shows up again
+        raise UnsupportedError(str(error).split("\n")[0]) from error
     finally:
-        _inside.reset(token)
-    return tree_map(_value, result), tree_map(_tangent, result)
+        _now.reset(token)
+    if now.error is not None:
+        raise now.error
+    return result
 
 
 def _value(tensor: Any) -> Any:
@@ -99,9 +153,20 @@ def _tangent(tensor: Any) -> Any:
 # What has no rule
 
 
+def _without_rule(now: _Pass, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    of_the_value = name in _OF_THE_VALUE or (name == "type" and len(args) == 1 and not kwargs)
+    if of_the_value:
+        return func(*tree_map(_value, args), **tree_map(_value, kwargs))
+    now.check()
+    return _by_autodiff(func, *args, **kwargs)
+
+
 def _by_autodiff(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     name = getattr(func, "__name__", str(func))
-    in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name in _IN_PLACE
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
     if in_place or kwargs.get("out") is not None:
         raise UnsupportedError(f"{name} writes into a tensor")
     leaves, structure = tree_flatten((args, kwargs))
@@ -114,23 +179,31 @@ def _by_autodiff(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         called_args, called_kwargs = tree_unflatten(filled, structure)
         return func(*called_args, **called_kwargs)
 
-    primals = tuple(leaves[place].primal for place in places)
-    if name == "__get__" or name in _OF_THE_VALUE:
-        return call(*primals)
-    if not all(primal.is_floating_point() for primal in primals):
-        raise UnsupportedError(f"{name} of something without a derivative")
+    primals, tangents = (tuple(getattr(leaves[place], one) for place in places) for one in ("primal", "tangent"))
+    versions = [one._version for one in (*primals, *tangents)] if not torch.is_inference_mode_enabled() else None
     try:
-        values, tangents = torch.func.jvp(call, primals, tuple(leaves[place].tangent for place in places))[:2]
+        values, derivatives = torch.func.jvp(call, primals, tangents)[:2]
     except (RuntimeError, TypeError) as error:
-        raise UnsupportedError(f"{name}: {error}") from None
-    return tree_map(lambda value, tangent: Dual(value, tangent) if value.is_floating_point() else value, values, tangents)
+        raise UnsupportedError(f"{name}: {str(error).splitlines()[0]}") from None
+    if versions is not None and versions != [one._version for one in (*primals, *tangents)]:
+        raise UnsupportedError(f"{name} writes into a tensor")
+    return tree_map(lambda value, tangent: Dual(value, tangent) if _smooth(value) else value, values, derivatives)
 
 
-_IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__imatmul__"}
+def _smooth(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+_IN_PLACE = {"__set__", "__setitem__", "__delitem__"} | {
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+}
 # no derivative, or that of a constant: they see the value alone
 _OF_THE_VALUE = {
     *("size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex", "is_contiguous"),
-    *("element_size", "get_device", "__len__", "__hash__", "__repr__", "type", "is_tensor", "is_same_size"),
+    *("element_size", "get_device", "__len__", "__hash__", "__repr__", "is_tensor", "is_same_size"),
+    *("shape", "dtype", "device", "ndim", "layout", "names", "requires_grad", "is_leaf", "grad_fn", "grad", "_version"),
+    *("is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn"),
+    *("itemsize", "nbytes", "output_nr", "retains_grad", "_backward_hooks"),
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "result_type"),
     *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
     *("__gt__", "__lt__", "__ge__", "__le__", "__eq__", "__ne__", "gt", "lt", "ge", "le", "eq", "ne"),
@@ -151,10 +224,16 @@ def _both(func: Callable[..., Any]) -> Callable[..., Any]:
             return _by_autodiff(func, first, *args, **kwargs)
         values, tangents = func(first.primal, *args, **kwargs), func(first.tangent, *args, **kwargs)
         if isinstance(values, Tensor):
-            return Dual(values, tangents)
+            return Dual(values, tangents) if _smooth(values) else values
         return tuple(Dual(value, tangent) for value, tangent in zip(values, tangents, strict=True))
 
     return rule
+
+
+def _view(first: Any, *args: Any) -> Any:
+    if isinstance(args[0], torch.dtype):
+        raise UnsupportedError("a view as another type")
+    return Dual(first.primal.view(*args), first.tangent.reshape(*args))  # whose memory may lie otherwise
 
 
 def _joined(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,8 +241,6 @@ def _joined(func: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(func)
     def rule(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("out") is not None:
-            raise UnsupportedError("out= writes into a tensor")
         tangents = [_tangent(tensor) for tensor in tensors]
         return Dual(func([_value(tensor) for tensor in tensors], *args, **kwargs), func(tangents, *args, **kwargs))
 
@@ -191,7 +268,8 @@ def _add(a: Any, b: Any, *, alpha: float = 1) -> Any:
     if isinstance(a, Dual) and isinstance(b, Dual):
         return Dual(value, torch.add(a.tangent, b.tangent, alpha=alpha))
     tangent = a.tangent if isinstance(a, Dual) else b.tangent if alpha == 1 else alpha * b.tangent
-    return Dual(value, tangent.to(value.dtype).expand_as(value))
+    tangent = tangent.to(value.dtype)
+    return Dual(value, tangent if tangent.shape == value.shape else tangent.expand_as(value).contiguous())
 
 
 def _sub(a: Any, b: Any, *, alpha: float = 1) -> Any:
@@ -257,6 +335,8 @@ def _elementwise(func: Callable[..., Any], slope: Callable[[Tensor, Tensor], Ten
 
 def _pow(x: Any, exponent: Any) -> Any:
     if isinstance(x, Dual) and isinstance(exponent, (int, float)):
+        if exponent == 0:
+            return Dual(torch.ones_like(x.primal), torch.zeros_like(x.tangent))
         if exponent == 2:
             return Dual(x.primal.square(), 2 * x.primal * x.tangent)
         return Dual(x.primal**exponent, exponent * x.primal ** (exponent - 1) * x.tangent)
@@ -292,16 +372,16 @@ class _Activation(torch.autograd.Function):
         x, tangent, y = ctx.saved_tensors
         bend = ctx.bend
         if torch.is_grad_enabled():  # for a second gradient, which the kernels have not
-            return *_backward_again(ctx, bend.value(x), bend.value, (x, tangent), (grad, grad_tangent)), None
+            return *_backward_again(ctx, bend.value, bend.value, (x, tangent), (grad, grad_tangent)), None
         wanted, wanted_tangent = ctx.needs_input_grad[:2]
-        in_x = bend.slope(grad, x, y).add_(bend.curvature(tangent * grad_tangent, x, y)) if wanted else None
+        in_x = bend.slope(grad, x, y) + bend.curvature(tangent * grad_tangent, x, y) if wanted else None
         return in_x, bend.slope(grad_tangent, x, y) if wanted_tangent else None, None
 
 
 def _backward_again(
     ctx: Any,
-    value: Tensor,
-    function: Callable[[Tensor], Tensor],
+    value: Callable[..., Tensor],
+    moved: Callable[[Tensor], Tensor],
     inputs: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None, Tensor | None],
 ) -> list[Tensor | None]:
@@ -309,24 +389,26 @@ def _backward_again(
 
     Args:
         ctx: of the backward pass.
-        value: the function of time's value, with its graph.
-        function: what the tangent goes through, at x.
-        inputs: x, its tangent, and what else the value depends on.
+        value: the value, a function of x and the other inputs.
+        moved: the function of x whose derivative the tangent goes through.
+        inputs: x, its tangent, and the other inputs.
         grads: of the value and of the tangent.
     """
-    x, tangent = inputs[:2]
-    moved = torch.func.jvp(function, (x,), (tangent,))[1]
+    # under other names: the tangent may depend on x, and that path is not to be followed here
+    renamed = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    x, tangent, *others = renamed
+    results = (value(x, *others), torch.func.jvp(moved, (x,), (tangent,))[1])
     wanted = [place for place in range(len(inputs)) if ctx.needs_input_grad[place]]
-    outputs, given = zip(*(pair for pair in zip((value, moved), grads, strict=True) if pair[1] is not None), strict=True)
-    chosen = [tensor for place, tensor in enumerate(inputs) if place in wanted and tensor is not None]
+    outputs, given = zip(*(pair for pair in zip(results, grads, strict=True) if pair[1] is not None), strict=True)
+    chosen = [tensor for place, tensor in enumerate(renamed) if place in wanted and tensor is not None]
     found = torch.autograd.grad(outputs, chosen, given, create_graph=True, allow_unused=True)
     return [found[wanted.index(place)] if place in wanted else None for place in range(len(inputs))]
 
 
 def _silu_curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    # s (1 - s) (2 + x - 2 y) v; in place, as these passes over memory are what it costs
+    # s (1 - s) (2 + x - 2 y) v; in place, as these passes over memory are what it costs, but for v, which may be batched
     s = torch.sigmoid(x)
-    return torch.addcmul(s, s, s, value=-1).mul_(torch.sub(x, y, alpha=2).add_(2)).mul_(v)
+    return torch.addcmul(s, s, s, value=-1).mul_(torch.sub(x, y, alpha=2).add_(2)) * v
 
 
 _SILU = _Bend(functional.silu, lambda v, x, y: _aten.silu_backward(v, x), _silu_curvature)
@@ -348,11 +430,12 @@ _SELU = _elu_bend(1.6732632423543772848170429916717, 1.0507009873554804934193349
 
 
 def _gelu_curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    x = x.clamp(-15, 15)  # beyond, it is 0, and powers of x overflow
     return v * (2 - x.square()) * torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)  # a' = Phi + x phi
 
 
 def _gelu_tanh_curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    c = math.sqrt(2 / math.pi)
+    x, c = x.clamp(-15, 15), math.sqrt(2 / math.pi)
     tanh = torch.tanh(c * (x + 0.044715 * x**3))
     inner, bent = c * (1 + 3 * 0.044715 * x.square()), c * 6 * 0.044715 * x
     return v * (1 - tanh.square()) * (inner + 0.5 * x * bent - x * tanh * inner.square())
@@ -419,7 +502,7 @@ class _GroupNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sizes = _group_sizes(x)
         y, mean, rstd = _aten.native_group_norm(x, weight, bias, *sizes, groups, eps)
-        return y, _jacobian(tangent, x, mean, rstd, None, sizes, groups), mean, rstd
+        return y, _jacobian(tangent, x, mean, rstd, sizes, groups), mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -433,9 +516,13 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, u: Tensor | None, *_: Any) -> tuple[Any, ...]:
         x, tangent, weight, bias, moved, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second gradient: mean and rstd are constants here
-            y = functional.group_norm(x, ctx.groups, weight, bias, ctx.eps)
-            again = functools.partial(functional.group_norm, num_groups=ctx.groups, eps=ctx.eps)
-            return *_backward_again(ctx, y, again, (x, tangent, weight, bias), (grad, u)), None, None
+            norm = functools.partial(functional.group_norm, eps=ctx.eps)
+
+            def value(at: Tensor, *affine: Tensor) -> Tensor:
+                return norm(at, ctx.groups, *affine)
+
+            found = _backward_again(ctx, value, lambda at: norm(at, ctx.groups), (x, tangent, weight, bias), (grad, u))
+            return *found, None, None
         sizes = _group_sizes(x)
         in_x = in_tangent = in_weight = in_bias = None
         if grad is not None:
@@ -444,10 +531,10 @@ class _GroupNorm(torch.autograd.Function):
                 grad.contiguous(), x, mean, rstd, weight, *sizes, ctx.groups, mask
             )
         if u is not None:
-            in_tangent = _jacobian(u, x, mean, rstd, None, sizes, ctx.groups)
+            in_tangent = _jacobian(u, x, mean, rstd, sizes, ctx.groups)
             if ctx.needs_input_grad[0]:
                 more = _group_norm_curvature(x, tangent, u, moved, in_tangent, mean, rstd, ctx.groups)
-                in_x = more if in_x is None else in_x.add_(more)
+                in_x = more if in_x is None else in_x + more
         return in_x, in_tangent, in_weight, in_bias, None, None
 
 
@@ -455,12 +542,9 @@ def _group_sizes(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], math.prod(x.shape[2:])
 
 
-def _jacobian(
-    v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, sizes: tuple[int, int, int], groups: int
-) -> Tensor:
-    moved: Tensor = _aten.native_group_norm_backward(
-        v.contiguous(), x, mean, rstd, weight, *sizes, groups, [True, False, False]
-    )[0]
+def _jacobian(v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, sizes: tuple[int, int, int], groups: int) -> Tensor:
+    mask = [True, False, False]
+    moved: Tensor = _aten.native_group_norm_backward(v.contiguous(), x, mean, rstd, None, *sizes, groups, mask)[0]
     return moved
 
 
@@ -468,18 +552,20 @@ def _group_norm_curvature(
     x: Tensor, tangent: Tensor, u: Tensor, moved: Tensor, moved_u: Tensor, mean: Tensor, rstd: Tensor, groups: int
 ) -> Tensor:
     """Returns the gradient in x of u . J(x) x'."""
-    shape = (len(x), groups, -1)
+    shape = (len(x), groups, math.prod(x.shape[1:]) // groups)
     x_, tangent_, u_, moved_, moved_u_ = (tensor.reshape(shape) for tensor in (x, tangent, u, moved, moved_u))
     r, count = rstd.reshape(len(x), groups, 1), x_.shape[2]
     normed = torch.addcmul(-mean.reshape(len(x), groups, 1) * r, x_, r)
     pairs = ((u_, moved_), (u_, normed), (normed, tangent_))
     phi, b, c = (-r / count * torch.linalg.vecdot(*pair)[..., None] for pair in pairs)
-    return normed.mul_(phi).addcmul_(moved_, b).addcmul_(moved_u_, c).reshape(x.shape)
+    return torch.addcmul(torch.addcmul(normed * phi, moved_, b), moved_u_, c).reshape(x.shape)
 
 
 def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
     if not isinstance(input, Dual) or isinstance(weight, Dual) or isinstance(bias, Dual):
         raise UnsupportedError("group_norm with weights that depend on time")
+    if input.primal.numel() == num_groups:
+        raise UnsupportedError("group_norm of a single entry per group, which torch refuses")
     y, moved = _GroupNorm.apply(input.primal.contiguous(), input.tangent.contiguous(), weight, bias, num_groups, eps)[:2]
     if weight is not None:
         moved = moved * weight.reshape(1, -1, *([1] * (moved.ndim - 2)))
@@ -493,7 +579,7 @@ def _attention(
         return _by_autodiff(
             functional.scaled_dot_product_attention, query, key, value, attn_mask, dropout_p, is_causal, **kwargs
         )
-    scale = kwargs.get("scale") or 1 / math.sqrt(query.shape[-1])
+    scale = 1 / math.sqrt(query.shape[-1]) if kwargs.get("scale") is None else kwargs["scale"]
     scores = _call(torch.matmul, _call(torch.mul, query, scale), _call(torch.transpose, key, -2, -1))
     return _call(torch.matmul, _call(torch.softmax, scores, -1), value)
 
@@ -510,7 +596,7 @@ def _call(func: Callable[..., Any], *args: Any) -> Any:
 
 _T = Tensor
 _LINEAR: tuple[Callable[..., Any], ...] = (
-    *(_T.flatten, _T.unflatten, _T.view, _T.reshape, _T.permute, _T.transpose, _T.chunk, _T.split, _T.unbind, _T.expand),
+    *(_T.flatten, _T.unflatten, _T.reshape, _T.permute, _T.transpose, _T.chunk, _T.split, _T.unbind, _T.expand),
     *(_T.squeeze, _T.unsqueeze, _T.contiguous, _T.to, _T.float, _T.double, _T.sum, _T.mean, _T.neg, _T.__neg__),
     *(_T.__getitem__, _T.movedim, _T.flip, _T.roll, _T.repeat, _T.clone, _T.expand_as, _T.reshape_as, _T.narrow),
     *(_T.view_as, _T.t, _T.swapaxes, _T.cumsum, _T.diagonal, _T.tril, _T.triu, _T.type_as),
@@ -528,6 +614,7 @@ _AFFINE: tuple[Callable[..., Any], ...] = (
 )
 _RULES: dict[Any, Callable[..., Any]] = {
     **{func: _both(func) for func in _LINEAR},
+    _T.view: _view,
     **{func: _affine(func) for func in _AFFINE},
     **{func: _joined(func) for func in (torch.cat, torch.concat, torch.stack)},
     **dict.fromkeys((torch.add, _T.add, _T.__add__, _T.__radd__), _add),

@@ -329,7 +329,7 @@ class ODE(Estimator):
         def rate(time: Tensor, state: Tensor) -> Tensor:
             nonlocal nfe
             latents = state[:, :dimensions].view_as(z)
-            t = time.to(z).clamp(0, 1).expand(len(z)).contiguous()  # adaptive methods look beyond the end
+            t = time.to(z).clamp(0, 1).expand(len(z)).contiguous()  # rounding may step beyond
             # reverse mode: the velocity may hold a forward derivative in t, and not every function has two of these
             with torch.enable_grad():
                 point = latents.detach().requires_grad_()
@@ -348,8 +348,8 @@ class ODE(Estimator):
         times = torch.tensor([0.0, 1.0], dtype=torch.float64).to(z)
         try:
             if self.steps is None:
-                tolerances = {"rtol": self.rtol, "atol": self.atol}
-                end = odeint(rate, begin, times, method=self.method, options={"norm": norm}, **tolerances)[1]
+                settings = {"rtol": self.rtol, "atol": self.atol, "options": {"norm": norm, "step_t": times[1:]}}
+                end = odeint(rate, begin, times, method=self.method, **settings)[1]
             else:
                 end = odeint(rate, begin, times, method=self.method, options={"step_size": (1 + 1e-6) / self.steps})[1]
         except AssertionError as error:  # torchdiffeq's, where a step becomes too small for the precision

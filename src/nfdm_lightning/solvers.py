@@ -208,10 +208,11 @@ class Adaptive(Solver):
         def velocity(time: Tensor, state: Tensor) -> Tensor:
             nonlocal nfe
             nfe += 1
-            return reverse.velocity(state, time.to(state).clamp(0, 1).expand(len(state)))  # it may look beyond the end
+            return reverse.velocity(state, time.to(state).clamp(0, 1).expand(len(state)))  # rounding may step beyond
 
         times = _times(100 if trajectory else 1, z)
-        states = odeint(velocity, z, times, rtol=self.rtol, atol=self.atol, method=self.method)
+        options = {"step_t": times[-1:]}  # a step beyond the end, where the velocity is not smooth, costs accuracy
+        states = odeint(velocity, z, times, rtol=self.rtol, atol=self.atol, method=self.method, options=options)
         if not trajectory:
             return Solution(states[-1], nfe, z.new_empty(0), z.new_empty(0, *z.shape))
         return Solution(states[-1], nfe, times, states)

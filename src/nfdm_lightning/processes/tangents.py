@@ -40,9 +40,8 @@ class _Pass:
     """One evaluation of a function by Duals: what must not change in it, and the error that ended it, if any."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.grad, self.error = device, torch.is_grad_enabled(), None
-
-    error: UnsupportedError | None
+        self.device, self.grad = device, torch.is_grad_enabled()
+        self.error: UnsupportedError | None = None
 
     def check(self) -> None:
         """Raises UnsupportedError where a rule would be wrong."""
@@ -157,9 +156,8 @@ def _without_rule(now: _Pass, func: Callable[..., Any], *args: Any, **kwargs: An
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", name)
-    of_the_value = name in _OF_THE_VALUE or (name == "type" and len(args) == 1 and not kwargs)
-    if of_the_value:
-        return func(*tree_map(_value, args), **tree_map(_value, kwargs))
+    if name in _OF_THE_VALUE or (name == "type" and len(args) == 1 and not kwargs):
+        return func(*map(_value, args), **{key: _value(value) for key, value in kwargs.items()})
     now.check()
     return _by_autodiff(func, *args, **kwargs)
 

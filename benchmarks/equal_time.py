@@ -25,7 +25,7 @@ UNET = "--model.process.network=UNet"
 SMALL = ["--model.predictor.network.channels=24", "--model.predictor.network.attention=[]"]
 SMALL += ["--model.predictor.network.multipliers=[1,2,2]", "--model.predictor.network.blocks=1"]
 SMALL += ["--model.predictor.network.groups=8", "--trainer.precision=32", "--data.batch_size=16", "--model.warmup_steps=50"]
-SMALL += ["--data.eval_batch_size=100", "--model.lr=1e-3"]
+SMALL += ["--data.eval_batch_size=100", "--model.lr=1e-3", "--data.protocol=held_out"]  # the test file may be missing
 
 
 def forward_unet(channels: int, multipliers: str) -> list[str]:

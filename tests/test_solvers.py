@@ -251,3 +251,20 @@ def test_few_steps_of_the_sde_stay_finite_at_the_limit_of_the_learned_volatility
 def test_settings_that_cannot_work_are_refused(build):
     with pytest.raises(ConfigError):
         build()
+
+
+class Still(ReverseProcess):
+    """A velocity that is smooth on [0, 1], and known beyond its ends to no one."""
+
+    def velocity(self, z: Tensor, t: Tensor) -> Tensor:
+        assert bool(((t >= 0) & (t <= 1)).all())
+        return torch.exp(3 * t)[:, None] * torch.ones_like(z)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "adaptive_heun"])
+def test_adaptive_steps_end_at_the_data(method):
+    # a step beyond, where the time is cut off, leaves an error of its own however small the tolerance
+    plain = model()
+    reverse = Still(plain.process, plain.predictor, plain.volatility)
+    end = Adaptive(1e-6, 1e-6, method).solve(reverse, torch.zeros(2, 1)).z
+    assert torch.allclose(end, torch.full_like(end, -math.expm1(3) / 3), atol=2e-5)

@@ -283,13 +283,12 @@ class ODE(Estimator):
             return self._evaluate(reverse.given(reverse.process.split(x)[1], label), decoder, x, index, seed)
 
     def _evaluate(self, reverse: ReverseProcess, decoder: Decoder, x: Tensor, index: Tensor, seed: int) -> Estimate:
-        source = reverse.process.split(x)[1]
         nfe, log_p, prior = 0, [], []
         for k in range(self.draws):
             own = generators(index, _DEQUANTISATION, seed, k)
             z, log_w = self._dequantisation(decoder).draw(reverse, decoder, x, own)
             end, log_det, evaluations = self._flow(reverse, z, generators(index, _PROBES, seed, k))
-            prior.append(reverse.process.prior_log_prob(end, source))
+            prior.append(reverse.process.prior_log_prob(end, reverse.source))
             log_p.append(log_w + prior[-1] + log_det)
             nfe += evaluations
         by_probe = torch.stack(log_p, 1)  # (P or 1, K, B)

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nfdm_lightning.errors import ConfigError
 from nfdm_lightning.labels import Conditioned
-from nfdm_lightning.processes.tangents import NestedError, UnsupportedError, refuse_nesting, value_and_tangent
+from nfdm_lightning.processes.tangents import NestedError, UnsupportedError, other_mode, refuse_nesting, value_and_tangent
 
 if TYPE_CHECKING:
     from nfdm_lightning.processes.penalties import Penalty
@@ -90,19 +90,19 @@ def time_derivative(function: Callable[[Tensor], Any], t: Tensor) -> tuple[Any, 
     """Returns function(t) and its time derivative, by forward-mode autodiff with tangent 1; of tensors or tuples of them.
 
     The one place where time derivatives are taken: by :mod:`~nfdm_lightning.processes.tangents`, and by torch's own forward
-    mode under autocast, inside another transformation of ``torch.func``, and for a function that the former cannot follow
-    (which warns, as it costs half as much again). Differentiable in parameters and inputs once more.
+    mode under autocast or ``torch.compile``, inside another transformation of ``torch.func``, and for a function that the
+    former cannot follow (which warns, as it costs half as much again). Differentiable in parameters and inputs once more.
     """
     refuse_nesting()  # the outer derivative starts again, in torch's forward mode
     t = t.contiguous()  # forward mode refuses an expanded tensor
     with outside_inference_mode(), forward_mode():
-        if not (torch.is_autocast_enabled(t.device.type) or torch._C._functorch.maybe_current_level()):
+        if other_mode(t.device.type) is None:
             try:
                 return value_and_tangent(function, t)
             except NestedError:
                 pass
             except UnsupportedError as reason:
-                warnings.warn(f"a time derivative by the slow way: {reason}", stacklevel=2)
+                warnings.warn(f"a time derivative is taken by torch.func.jvp, which is slower: {reason}", stacklevel=2)
         value, derivative = torch.func.jvp(function, (t,), (torch.ones_like(t),))[:2]
     return value, derivative
 

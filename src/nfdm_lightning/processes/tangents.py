@@ -45,14 +45,19 @@ class _Pass:
 
     def check(self) -> None:
         """Raises UnsupportedError where a rule would be wrong."""
-        if torch._C._functorch.maybe_current_level() is not None:
-            raise UnsupportedError("a transformation of torch.func within it")
         if torch.is_grad_enabled() != self.grad:  # within an autograd.Function too
             raise UnsupportedError("a change of the gradient mode, or an autograd.Function, within it")
-        if torch.compiler.is_compiling():
-            raise UnsupportedError("torch.compile within it")
-        if torch.is_autocast_enabled(self.device):
-            raise UnsupportedError("autocast within it")
+        if (other := other_mode(self.device)) is not None:
+            raise UnsupportedError(f"{other} within it")
+
+
+def other_mode(device: str) -> str | None:
+    """Returns the name of the mode that torch is in and that a Dual cannot follow, or None."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a transformation of torch.func"
+    if torch.compiler.is_compiling():
+        return "torch.compile"
+    return "autocast" if torch.is_autocast_enabled(device) else None
 
 
 _now: contextvars.ContextVar[_Pass | None] = contextvars.ContextVar("now", default=None)
@@ -121,8 +126,6 @@ def value_and_tangent(function: Callable[[Tensor], Any], t: Tensor) -> tuple[Any
     Raises:
         UnsupportedError: the function does something that cannot be followed, such as writing into a tensor.
     """
-    if isinstance(t, Dual):
-        raise NestedError
     if not t.is_floating_point():
         raise UnsupportedError("times that are no real numbers")
     now = _Pass(t.device.type)
@@ -158,6 +161,8 @@ def _without_rule(now: _Pass, func: Callable[..., Any], *args: Any, **kwargs: An
         name = getattr(getattr(func, "__self__", None), "__name__", name)
     if name in _OF_THE_VALUE or (name == "type" and len(args) == 1 and not kwargs):
         return func(*map(_value, args), **{key: _value(value) for key, value in kwargs.items()})
+    if name == "data":
+        raise UnsupportedError("data hides a tensor from autograd")
     now.check()
     return _by_autodiff(func, *args, **kwargs)
 
@@ -341,7 +346,7 @@ def _pow(x: Any, exponent: Any) -> Any:
     return _by_autodiff(torch.pow, x, exponent)
 
 
-class _Bend(NamedTuple):
+class _ActivationRule(NamedTuple):
     """An activation a: its value, and what its derivatives at x do to a tensor v, given y = a(x) too."""
 
     value: Callable[[Tensor], Tensor]
@@ -356,24 +361,24 @@ class _Activation(torch.autograd.Function):
     r"""An activation a with its tangent, (a(x), a'(x) x'); the gradient in x is :math:`a' g + a''\, x' g'`."""
 
     @staticmethod
-    def forward(x: Tensor, tangent: Tensor, bend: _Bend) -> tuple[Tensor, Tensor]:
-        y = bend.value(x)
-        return y, bend.slope(tangent, x, y)
+    def forward(x: Tensor, tangent: Tensor, rule: _ActivationRule) -> tuple[Tensor, Tensor]:
+        y = rule.value(x)
+        return y, rule.slope(tangent, x, y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, tangent, ctx.bend = inputs
+        x, tangent, ctx.rule = inputs
         ctx.save_for_backward(x, tangent, output[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_tangent: Tensor) -> tuple[Any, ...]:
         x, tangent, y = ctx.saved_tensors
-        bend = ctx.bend
+        rule = ctx.rule
         if torch.is_grad_enabled():  # for a second gradient, which the kernels have not
-            return *_backward_again(ctx, bend.value, bend.value, (x, tangent), (grad, grad_tangent)), None
+            return *_backward_again(ctx, rule.value, rule.value, (x, tangent), (grad, grad_tangent)), None
         wanted, wanted_tangent = ctx.needs_input_grad[:2]
-        in_x = bend.slope(grad, x, y) + bend.curvature(tangent * grad_tangent, x, y) if wanted else None
-        return in_x, bend.slope(grad_tangent, x, y) if wanted_tangent else None, None
+        in_x = rule.slope(grad, x, y) + rule.curvature(tangent * grad_tangent, x, y) if wanted else None
+        return in_x, rule.slope(grad_tangent, x, y) if wanted_tangent else None, None
 
 
 def _backward_again(
@@ -409,10 +414,10 @@ def _silu_curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.addcmul(s, s, s, value=-1).mul_(torch.sub(x, y, alpha=2).add_(2)) * v
 
 
-_SILU = _Bend(functional.silu, lambda v, x, y: _aten.silu_backward(v, x), _silu_curvature)
+_SILU = _ActivationRule(functional.silu, lambda v, x, y: _aten.silu_backward(v, x), _silu_curvature)
 
 
-def _elu_bend(alpha: float, scale: float) -> _Bend:
+def _elu_rule(alpha: float, scale: float) -> _ActivationRule:
     # from y, without another exponential: for x < 0 both derivatives are y + alpha scale
     def slope(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
         found: Tensor = _aten.elu_backward(v, alpha, scale, 1.0, True, y)
@@ -421,10 +426,10 @@ def _elu_bend(alpha: float, scale: float) -> _Bend:
     def curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return slope(_aten.threshold_backward(v, -y, 0), x, y)
 
-    return _Bend(lambda x: _aten.elu(x, alpha, scale), slope, curvature)
+    return _ActivationRule(lambda x: _aten.elu(x, alpha, scale), slope, curvature)
 
 
-_SELU = _elu_bend(1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
+_SELU = _elu_rule(1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
 
 
 def _gelu_curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -439,44 +444,44 @@ def _gelu_tanh_curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return v * (1 - tanh.square()) * (inner + 0.5 * x * bent - x * tanh * inner.square())
 
 
-def _gelu_bend(approximate: str) -> _Bend:
-    return _Bend(
+def _gelu_rule(approximate: str) -> _ActivationRule:
+    return _ActivationRule(
         functools.partial(functional.gelu, approximate=approximate),
         lambda v, x, y: _aten.gelu_backward(v, x, approximate=approximate),
         _gelu_curvature if approximate == "none" else _gelu_tanh_curvature,
     )
 
 
-def _softplus_bend(beta: float, threshold: float) -> _Bend:
+def _softplus_rule(beta: float, threshold: float) -> _ActivationRule:
     def curvature(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
         s = torch.sigmoid(beta * x)
         return beta * s * (1 - s) * (beta * x <= threshold) * v
 
-    return _Bend(
+    return _ActivationRule(
         functools.partial(functional.softplus, beta=beta, threshold=threshold),
         lambda v, x, y: _aten.softplus_backward(v, x, beta, threshold),
         curvature,
     )
 
 
-def _activate(bend: _Bend, x: Any, inplace: bool = False) -> Any:
+def _activate(rule: _ActivationRule, x: Any, inplace: bool = False) -> Any:
     if inplace:
         raise UnsupportedError("an activation in place writes into a tensor")
-    return Dual(*_Activation.apply(x.primal, x.tangent, bend))
+    return Dual(*_Activation.apply(x.primal, x.tangent, rule))
 
 
 def _elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Any:
     if alpha <= 0:
         return _by_autodiff(functional.elu, input, alpha, inplace)
-    return _activate(_elu_bend(alpha, 1.0), input, inplace)
+    return _activate(_elu_rule(alpha, 1.0), input, inplace)
 
 
 def _gelu(input: Any, approximate: str = "none") -> Any:
-    return _activate(_gelu_bend(approximate), input)
+    return _activate(_gelu_rule(approximate), input)
 
 
 def _softplus(input: Any, beta: float = 1, threshold: float = 20) -> Any:
-    return _activate(_softplus_bend(beta, threshold), input)
+    return _activate(_softplus_rule(beta, threshold), input)
 
 
 # Norms and attention

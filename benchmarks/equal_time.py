@@ -20,18 +20,14 @@ from typing import Any
 
 from common import CONFIGS, QUIET, build_model, report, training_step
 from nfdm_lightning.cli import main as lightning
+from plugins_on_images import SETTINGS, SMALL_PREDICTOR, SMALL_PROCESS
 
-UNET = "--model.process.network=UNet"
-SMALL = ["--model.predictor.network.channels=24", "--model.predictor.network.attention=[]"]
-SMALL += ["--model.predictor.network.multipliers=[1,2,2]", "--model.predictor.network.blocks=1"]
-SMALL += ["--model.predictor.network.groups=8", "--trainer.precision=32", "--data.batch_size=16", "--model.warmup_steps=50"]
-SMALL += ["--data.eval_batch_size=100", "--model.lr=1e-3", "--data.protocol=held_out"]  # the test file may be missing
+CIFAR10_CPU = SETTINGS["cifar10_cpu"][1]
 
 
-def forward_unet(channels: int, multipliers: str) -> list[str]:
-    """Returns the settings of a forward network of that width."""
-    names = [f"channels={channels}", f"multipliers={multipliers}", "blocks=1", "groups=8"]
-    return [UNET, *(f"--model.process.network.{name}" for name in names)]
+def forward_unet(*settings: str) -> list[str]:
+    """Returns the command line's settings of a U-Net as forward network."""
+    return ["--model.process.network=UNet", *(f"--model.process.network.{setting}" for setting in settings)]
 
 
 # configuration and settings by name; the Gaussian first
@@ -39,26 +35,26 @@ CASES: dict[str, dict[str, tuple[str, list[str]]]] = {
     "digits": {
         "Gaussian": ("digits_gaussian", []),
         "NFDM, shipped MLP": ("digits_nfdm", []),
-        "NFDM, U-Net of 1/16": ("digits_nfdm", forward_unet(6, "[1,2]")),
-        "NFDM, U-Net of 1/4": ("digits_nfdm", forward_unet(12, "[1,2]")),
-        "NFDM, U-Net of equal size": ("digits_nfdm", forward_unet(24, "[1,2]")),
+        "NFDM, U-Net of 1/16": ("digits_nfdm", forward_unet("channels=6", "multipliers=[1,2]")),
+        "NFDM, U-Net of 1/4": ("digits_nfdm", forward_unet("channels=12", "multipliers=[1,2]")),
+        "NFDM, U-Net of equal size": ("digits_nfdm", forward_unet("channels=24", "multipliers=[1,2]")),
         "SeparableNFDM, shipped MLP": ("digits_separable", []),
         "NDM, shipped MLP": ("digits_ndm", []),
     },
-    "cifar10": {
-        "Gaussian": ("cifar10_small_gaussian", SMALL),
-        "NFDM, U-Net of 1/9": ("cifar10_small_nfdm", [*SMALL, *forward_unet(8, "[1,2,2]")]),
-        "NFDM, U-Net of equal size": ("cifar10_small_nfdm", [*SMALL, *forward_unet(24, "[1,2,2]")]),
-        "NDM, U-Net of 1/9": ("cifar10_small_ndm", [*SMALL, *forward_unet(8, "[1,2,2]")]),
+    "cifar10_cpu": {
+        "Gaussian": ("cifar10_small_gaussian", CIFAR10_CPU),
+        "NFDM, small U-Net": ("cifar10_small_nfdm", [*CIFAR10_CPU, *forward_unet(*SMALL_PROCESS)]),
+        "NFDM, U-Net of equal size": ("cifar10_small_nfdm", [*CIFAR10_CPU, *forward_unet(*SMALL_PREDICTOR)]),
+        "NDM, small U-Net": ("cifar10_small_ndm", [*CIFAR10_CPU, *forward_unet(*SMALL_PROCESS)]),
     },
 }
-EVALUATED = {"digits": 10_000, "cifar10": 512}
+BATCH, EVALUATED = {"digits": 64, "cifar10_cpu": 32}, {"digits": 10_000, "cifar10_cpu": 512}
 
 
 def cost(data: str, names: list[str], rounds: int = 12) -> dict[str, float]:
     """Returns the time of a training step of each case over that of the first."""
-    batch = 64 if data == "digits" else 16
-    steps = {name: training_step(build_model(config, *rest), batch) for name, (config, rest) in _chosen(data, names).items()}
+    chosen = {name: CASES[data][name] for name in names}
+    steps = {name: training_step(build_model(config, *rest), BATCH[data]) for name, (config, rest) in chosen.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds + 1):
         for name, step in steps.items():
@@ -68,10 +64,6 @@ def cost(data: str, names: list[str], rounds: int = 12) -> dict[str, float]:
                 times[name].append(time.process_time() - begin)
     middle = {name: statistics.median(found) for name, found in times.items()}
     return {name: value / middle[names[0]] for name, value in middle.items()}
-
-
-def _chosen(data: str, names: list[str]) -> dict[str, tuple[str, list[str]]]:
-    return {name: CASES[data][name] for name in names}
 
 
 def train(data: str, name: str, steps: int, seed: int) -> dict[str, float]:
